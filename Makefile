@@ -1,0 +1,31 @@
+# Every target sets itself up in .venv: Python 3.10 to 3.13 and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := examples/quickstart
+
+.PHONY: help quickstart test lint clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml constraints.txt startup/rpam_mergekit.pth
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[plot,test,lint]'
+	touch $@
+
+quickstart: $(VENV)/installed  ## Merge the pair in examples/quickstart and evaluate it
+	$(BIN)/mergekit-yaml $(QUICKSTART)/rpam.yml $(QUICKSTART)/out
+	$(BIN)/python $(QUICKSTART)/evaluate.py $(QUICKSTART)/out
+
+test: $(VENV)/installed  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## Check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## Remove the environment and the quickstart's output
+	rm -rf $(VENV) $(QUICKSTART)/out

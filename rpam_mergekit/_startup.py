@@ -1,0 +1,86 @@
+"""Arms the import hook that makes stock mergekit commands know the method `rpam`.
+
+Run by every Python start of the environment (`rpam_mergekit.pth`, from Python 3.15
+`rpam_mergekit.start`), so: standard library only, nothing done until mergekit itself
+is imported, never an exception. `RPAM_MERGEKIT_AUTOLOAD=0` switches it off.
+
+mergekit 0.1.5 has no plugin discovery. Its own `register` is complete once the package
+`mergekit.merge_methods` has run; the planner and the commands that import it are later.
+"""
+
+import os
+import sys
+
+SWITCH = "RPAM_MERGEKIT_AUTOLOAD"
+# mergekit module -> the function of rpam_mergekit.method called once it has run
+HOOKS = {
+    "mergekit.merge_methods": "register",
+    "mergekit.plan": "hook_planner",
+    "mergekit.merge": "hook_run_merge",
+    "mergekit.scripts.multimerge": "hook_multimerge",
+}
+
+
+class _Finder:
+    """A meta path finder that runs one hook after each awaited module, once."""
+
+    def __init__(self) -> None:
+        self.awaited = dict(HOOKS)
+
+    def find_spec(self, name, path=None, target=None):
+        hook = self.awaited.pop(name, None)
+        if hook is None:
+            return None
+        from importlib.util import find_spec
+
+        spec = find_spec(name)  # asks the other finders: this one no longer answers
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, hook, self)  # type: ignore[assignment]
+        return spec
+
+
+class _Loader:
+    """Delegates to the real loader, then calls the hook with the loaded module."""
+
+    def __init__(self, loader, hook: str, finder: _Finder) -> None:
+        self.loader, self.hook, self.finder = loader, hook, finder
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        try:
+            import rpam_mergekit.method
+
+            getattr(rpam_mergekit.method, self.hook)(module)
+        except Exception as error:
+            self.finder.awaited.clear()
+            import warnings
+
+            warnings.warn(
+                "mergekit runs without the merge method 'rpam': rpam_mergekit could "
+                f"not be loaded ({type(error).__name__}: {error}). Reinstall "
+                f"rpam-mergekit, or set {SWITCH}=0 to silence this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def arm() -> None:
+    """Install the hook, once; does nothing when switched off or armed already."""
+    if os.environ.get(SWITCH) == "0":
+        return
+    if not any(
+        type(finder).__name__ == _Finder.__name__
+        and type(finder).__module__ == __name__
+        for finder in sys.meta_path
+    ):
+        sys.meta_path.insert(0, _Finder())
+
+
+arm()

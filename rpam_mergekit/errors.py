@@ -1,0 +1,39 @@
+"""The one error that users see: what was found, what was expected, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import click
+
+
+class RpamError(click.ClickException):
+    """A refusal, listing every finding at once.
+
+    mergekit's commands are click commands, so it is shown as one message without a
+    traceback and ends the process with status 1.
+    """
+
+    def __init__(self, *findings: str) -> None:
+        self.findings = findings
+        lines = [line.rstrip() for line in findings]
+        if len(lines) > 1:
+            lines = [f"{n}. {line}" for n, line in enumerate(lines, 1)]
+            lines.insert(0, f"{len(findings)} problems:")
+        super().__init__("rpam: " + "\n".join(lines))
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?", or the known names when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(known)}."
+
+
+def refuse(findings: Sequence[str]) -> None:
+    """Raise `RpamError` if there is any finding."""
+    if findings:
+        raise RpamError(*findings)

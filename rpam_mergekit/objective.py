@@ -1,0 +1,51 @@
+"""A decoder layer's objective on hidden states: alignment and contrast (eqs. 5 and 6).
+
+Shapes: hidden states (queries, tokens, width), weights and masks (queries, tokens).
+Everything is computed in the dtype of the hidden states, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def query_weights(counted: torch.Tensor) -> torch.Tensor:
+    """Return token weights that sum to 1 over each query's `counted` tokens."""
+    counted = counted.float()
+    return counted / counted.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def distance(
+    first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the squared distance of hidden states, summed with token `weights`."""
+    return ((first - second).square().sum(dim=-1) * weights).sum()
+
+
+def contrastive(
+    merged: torch.Tensor,
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    counted: torch.Tensor,
+    same_pattern: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Return the InfoNCE term, the mean over queries of the batch.
+
+    For a query i it is ``-log(e(m_i, p_i) / (e(m_i, p_i) + sum_j e(m_i, n_j)))`` with
+    ``e(a, b) = exp(cos(a, b) / temperature)``. The vectors are a query's hidden states
+    over all its `counted` tokens, end to end; `j` runs over the batch's queries of the
+    same pattern (`same_pattern`, bool (queries, queries)), whose negatives come from
+    the same model.
+    """
+    mask = counted.unsqueeze(-1).to(merged.dtype)
+    m, p, n = (_unit((x * mask).flatten(1)) for x in (merged, positive, negative))
+    to_positive = (m * p).sum(dim=1) / temperature
+    to_negatives = (m @ n.T) / temperature
+    to_negatives = to_negatives.masked_fill(~same_pattern, float("-inf"))
+    everything = torch.cat([to_positive.unsqueeze(1), to_negatives], dim=1)
+    return (everything.logsumexp(dim=1) - to_positive).mean()
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -1,0 +1,387 @@
+"""The pre-pass: merging coefficients, decoder layer by decoder layer (paper section 3).
+
+1. Record, once, how the model's own code calls every layer on every batch.
+2. Run three streams of hidden states side by side: each expert on its own outputs,
+   and the merged model on its own.
+3. For each layer: load its weights from both checkpoints, compute both experts'
+   outputs once, minimise the objective over the coefficients, and send the merged
+   stream through the merged weights exactly as they will be written.
+
+Knows nothing of mergekit's planner. Two decoder layers' weights are in memory at a
+time, besides the activations of the calibration set.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+from tqdm import tqdm
+
+from rpam_mergekit import solver
+from rpam_mergekit.checkpoint import Layout, load
+from rpam_mergekit.coefficients import (
+    LayerCoefficients,
+    add_task_vector,
+    coefficient,
+    merge,
+    task_vector,
+)
+from rpam_mergekit.decoder import Call, Decoder
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.objective import contrastive, distance, query_weights
+from rpam_mergekit.prompts import Batch
+from rpam_mergekit.settings import RpamSettings
+
+LOG = logging.getLogger(__name__)
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MergeModels:
+    """The two models of a merge, and the pattern each of them stands for."""
+
+    base: ModelReference
+    other: ModelReference
+    base_pattern: str = "long"
+    other_pattern: str = "short"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One solved layer: the relative gap to the positive expert, and its coefficients.
+
+    The gap is the alignment term: 0 at the positive expert, 1 as far from it as the
+    negative one; `gap_before` is that of the initial coefficients.
+    """
+
+    layer: int
+    gap_before: float
+    gap_after: float
+    mean_coefficient: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Coefficient parts of every merged tensor, and a report for every layer."""
+
+    entries: dict[str, dict[str, torch.Tensor]]
+    layers: list[LayerReport]
+
+
+@dataclass
+class _Stream:
+    """A batch on its way through the layers; hidden states (queries, tokens, width)."""
+
+    batch: Batch
+    calls: list[Call]
+    base: torch.Tensor
+    other: torch.Tensor
+    merged: torch.Tensor
+    weights: torch.Tensor  # of tokens in the relative alignment, summing to 1 a query
+    other_is_positive: torch.Tensor  # bool (queries, 1, 1)
+    positive: torch.Tensor = field(init=False)
+    negative: torch.Tensor = field(init=False)
+
+    def choose_experts(self) -> None:
+        """Set `positive` and `negative`, the experts' hidden states by pattern."""
+        self.positive = torch.where(self.other_is_positive, self.other, self.base)
+        self.negative = torch.where(self.other_is_positive, self.base, self.other)
+
+
+class PrePass:
+    """One run of the pre-pass; `streams` holds the hidden states when it has ended."""
+
+    def __init__(
+        self,
+        models: MergeModels,
+        layout: Layout,
+        decoder: Decoder,
+        batches: Sequence[Batch],
+        settings: RpamSettings,
+        *,
+        dtype: str | None = None,
+        out_dtype: str | None = None,
+        fixed: Mapping[str, float] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """`dtype` and `out_dtype` are the config's; `fixed` maps tensors to weights."""
+        self.models = models
+        self.layout = layout
+        self.decoder = decoder
+        self.batches = batches
+        self.settings = settings
+        self.dtype = dtype
+        self.fixed = dict(fixed or {})
+        self.quiet = quiet
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.streams: list[_Stream] = []
+        # By name as written below: within a layer, or whole outside the layers.
+        self.out_dtypes = {w.name: w.force_dtype or out_dtype for w in layout.outside}
+        for index, weights in enumerate(layout.layers):
+            names = {decoder.relative_name(index, w.name): w for w in weights}
+            decoder.check_names(index, set(names))
+            self.out_dtypes |= {n: w.force_dtype or out_dtype for n, w in names.items()}
+
+    def run(self) -> Solution:
+        """Return the solved coefficients of every tensor of the layout.
+
+        Raises `RpamError` if a layer's objective stops being a finite number.
+        """
+        entries = self._enter()
+        reports = []
+        solves = self.settings.epochs * len(self.batches)
+        with tqdm(
+            total=len(self.layout.layers) * solves,
+            desc="rpam pre-pass",
+            unit="step",
+            disable=self.quiet,
+        ) as progress:
+            for index in range(len(self.layout.layers)):
+                progress.set_postfix(layer=f"{index + 1}/{len(self.layout.layers)}")
+                solved, report = self._solve_layer(index, progress)
+                entries.update(solved)
+                reports.append(report)
+                progress.n = (index + 1) * solves  # L-BFGS may need fewer
+                progress.refresh()
+        return Solution(entries, reports)
+
+    def _enter(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Record all batches; return the coefficients of what is outside the layers."""
+        names = [w.name for w in self.layout.outside]
+        entries = {
+            name: {
+                "scalar": torch.tensor(
+                    self.fixed.get(name, self.settings.outside_weight)
+                )
+            }
+            for name in names
+        }
+        base, other = self._load(self.layout.outside)
+        merged = {
+            name: self._written(name, base[name], other[name], entries[name])
+            for name in names
+        }
+        base, other = _float32(base), _float32(other)
+        for batch in self.batches:
+            states: dict[str, torch.Tensor] = {}
+            calls: list[Call] = []
+            for expert, weights in {
+                "base": base,
+                "other": other,
+                "merged": merged,
+            }.items():
+                states[expert], calls = self.decoder.record(
+                    weights, batch.input_ids, batch.attention_mask
+                )
+            positive = [p == self.models.other_pattern for p in batch.patterns]
+            device = self.decoder.device
+            self.streams.append(
+                _Stream(
+                    batch,
+                    calls,
+                    **states,
+                    weights=query_weights(batch.counted).to(device),
+                    other_is_positive=torch.tensor(positive, device=device)[
+                        :, None, None
+                    ],
+                )
+            )
+        return entries
+
+    def _solve_layer(
+        self, index: int, progress: tqdm
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], LayerReport]:
+        infos = self.layout.layers[index]
+        relative = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
+        base, other = (_renamed(w, relative) for w in self._load(infos))
+        self._run_experts(index, _float32(base), _float32(other))
+        coefficients = LayerCoefficients(
+            {n: value.shape for n, value in base.items() if value.is_floating_point()},
+            granularity=self.settings.granularity,
+            rank=self.settings.rank,
+            initial=self.settings.initial_weight,
+            fixed={relative[n]: c for n, c in self.fixed.items() if n in relative},
+            dtype=self._solving_dtype,
+            device=self.decoder.device,
+            generator=self.generator,
+        )
+        scale = self._scale()
+        before = self._advanced(index, base, other, coefficients.solved())
+        gap_before = self._gap(before, scale)
+        del before
+        if coefficients.leaves:
+            self._minimise(index, base, other, coefficients, scale, progress)
+        solved = coefficients.solved()
+        merged = self._advanced(index, base, other, solved)
+        gap_after = self._gap(merged, scale)
+        for stream, hidden in zip(self.streams, merged, strict=True):
+            stream.merged = hidden
+        mean = torch.stack([coefficient(parts).mean() for parts in solved.values()])
+        report = LayerReport(index, gap_before, gap_after, float(mean.mean()))
+        entries = {
+            w.name: solved[relative[w.name]]
+            for w in infos
+            if relative[w.name] in solved
+        }
+        return entries, report
+
+    @property
+    def _solving_dtype(self) -> torch.dtype:
+        lbfgs = self.settings.solver == "lbfgs"
+        return torch.float64 if lbfgs else torch.float32
+
+    @torch.no_grad()
+    def _run_experts(self, index: int, base: Weights, other: Weights) -> None:
+        for stream in self.streams:
+            call = stream.calls[index]
+            stream.base = self.decoder.replay(index, base, stream.base, call)
+            stream.other = self.decoder.replay(index, other, stream.other, call)
+            stream.choose_experts()
+
+    def _scale(self) -> float:
+        """Return the mean over queries of the experts' mean squared distance."""
+        total = sum(
+            float(distance(s.positive, s.negative, s.weights)) for s in self.streams
+        )
+        queries = sum(len(s.batch.patterns) for s in self.streams)
+        return max(total / queries, 1e-30)
+
+    def _gap(self, merged: Sequence[torch.Tensor], scale: float) -> float:
+        total = sum(
+            float(distance(hidden, s.positive, s.weights))
+            for hidden, s in zip(merged, self.streams, strict=True)
+        )
+        return total / sum(len(s.batch.patterns) for s in self.streams) / scale
+
+    @torch.no_grad()
+    def _advanced(
+        self, index: int, base: Weights, other: Weights, solved: Mapping[str, Weights]
+    ) -> list[torch.Tensor]:
+        """Return the merged stream after this layer, with the weights as written."""
+        weights = {
+            name: self._written(name, base[name], other[name], solved.get(name, {}))
+            for name in base
+        }
+        return [
+            self.decoder.replay(index, weights, s.merged, s.calls[index])
+            for s in self.streams
+        ]
+
+    def _minimise(
+        self,
+        index: int,
+        base: Weights,
+        other: Weights,
+        coefficients: LayerCoefficients,
+        scale: float,
+        progress: tqdm,
+    ) -> None:
+        dtype = self._solving_dtype
+        buffers = {n: value for n, value in base.items() if n not in coefficients.parts}
+        origin = {name: base[name].to(dtype) for name in coefficients.parts}
+        vectors = {
+            name: task_vector(base[name], other[name]).to(dtype) for name in origin
+        }
+
+        def batch_loss(number: int) -> torch.Tensor:
+            stream = self.streams[number]
+            weights = buffers | {
+                name: add_task_vector(
+                    origin[name], vectors[name], coefficients.coefficient(name)
+                )
+                for name in origin
+            }
+            call = stream.calls[index]
+            if dtype != torch.float32:
+                call = call.to(dtype)
+            hidden = self.decoder.replay(index, weights, stream.merged.to(dtype), call)
+            loss = self._objective(stream, hidden, scale)
+            if self.settings.regularization:
+                loss = loss + self.settings.regularization * coefficients.penalty()
+            return loss
+
+        arguments: dict[str, Any] = {
+            "epochs": self.settings.epochs,
+            "step": progress.update,
+        }
+        count, leaves = len(self.streams), coefficients.leaves
+        try:
+            if self.settings.solver == "lbfgs":
+                solver.lbfgs(batch_loss, count, leaves, **arguments)
+            else:
+                solver.adam(
+                    batch_loss,
+                    count,
+                    leaves,
+                    learning_rate=self.settings.learning_rate,
+                    generator=self.generator,
+                    **arguments,
+                )
+        except solver.Diverged as error:
+            raise RpamError(
+                f"layer {index}: {error}. Lower parameters.learning_rate (now "
+                f"{self.settings.learning_rate})."
+            ) from None
+
+    def _objective(
+        self, stream: _Stream, hidden: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Return the objective of a batch (eq. 5): alignment and contrast."""
+        settings = self.settings
+        counted = stream.batch.counted.to(hidden.device)
+        if settings.alignment == "sum":
+            loss = distance(hidden, stream.positive, counted)
+        else:
+            queries = len(stream.batch.patterns)
+            loss = distance(hidden, stream.positive, stream.weights) / queries / scale
+        if settings.contrastive_weight:
+            other = stream.other_is_positive.flatten()
+            loss = loss + settings.contrastive_weight * contrastive(
+                hidden,
+                stream.positive.to(hidden.dtype),
+                stream.negative.to(hidden.dtype),
+                counted,
+                other[:, None] == other[None, :],
+                settings.temperature,
+            )
+        return loss
+
+    def _load(self, infos) -> tuple[Weights, Weights]:
+        device = str(self.decoder.device)
+        return (
+            load(self.models.base, infos, self.dtype, device),
+            load(self.models.other, infos, self.dtype, device),
+        )
+
+    def _written(
+        self, name: str, base: torch.Tensor, other: torch.Tensor, parts: Weights
+    ) -> torch.Tensor:
+        """Return a merged weight as the writer will round it, back in float32."""
+        if not base.is_floating_point():
+            return base
+        parts = {part: value.to(base.device) for part, value in parts.items()}
+        merged = merge(base, other, coefficient(parts))
+        return merged.to(written_dtype(base, other, self.out_dtypes[name])).float()
+
+
+def written_dtype(
+    base: torch.Tensor, other: torch.Tensor, out_dtype: str | None
+) -> torch.dtype:
+    """Return the dtype a merged tensor is written in: `out_dtype`, or the inputs'."""
+    return dtype_from_name(out_dtype) or torch.promote_types(base.dtype, other.dtype)
+
+
+def _float32(weights: Weights) -> Weights:
+    return {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+
+
+def _renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
+    return {names[name]: value for name, value in weights.items()}

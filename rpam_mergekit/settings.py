@@ -1,0 +1,167 @@
+"""Every setting of the method, once: YAML, fingerprint and documentation use it.
+
+They are the flat scalars of a config's top-level `parameters:`. Per model, `weight`
+(fixes tensors by filter) and `pattern` are the only ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rpam_mergekit.errors import RpamError, suggestion
+
+SCALAR_GRANULARITIES = ("layer", "module", "tensor")
+MODEL_PARAMETERS = ("weight", "pattern")
+
+# What a preset changes; a parameter that the config names itself stays as named.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # arXiv 2601.03506: prompts only, summed squared error, omega against that sum,
+    # one coefficient per weight element from 0.5, embeddings and head at 0.5.
+    "paper": {
+        "granularity": "element",
+        "tokens": "prompt",
+        "alignment": "sum",
+        "contrastive_weight": 1000.0,
+        "outside_weight": 0.5,
+        "regularization": 0.0,
+        "learning_rate": 0.01,
+        "epochs": 50,
+        "batch_size": 16,
+    },
+}
+
+
+class RpamSettings(BaseModel):
+    """The method's settings, validated and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    calibration: str | None = Field(
+        None, description="Path of the pattern-labelled calibration file (JSONL)."
+    )
+    coefficients: str | None = Field(
+        None,
+        description=(
+            "Path of the coefficients file to write, and to reuse when it was made "
+            "from the same models, calibration and settings. By default "
+            "rpam/coefficients.safetensors in the output folder. Without "
+            "`calibration`, the file is used as it is."
+        ),
+    )
+    preset: Literal["default", "paper"] = Field(
+        "default",
+        description="Set of defaults: ours, or those of the paper (prompts only, "
+        "summed squared error, omega, one coefficient per element).",
+    )
+    granularity: Literal["low_rank", "element", "row", "tensor", "module", "layer"] = (
+        Field(
+            "low_rank",
+            description="What shares one merging coefficient: a layer, a module of a "
+            "layer, a tensor, a row, an element; or a low-rank field over a weight.",
+        )
+    )
+    rank: int = Field(
+        4, ge=0, le=256, description="Rank of the product term of `low_rank` fields."
+    )
+    tokens: Literal["prompt", "prompt+response"] = Field(
+        "prompt+response", description="Tokens whose hidden states are aligned."
+    )
+    alignment: Literal["relative", "sum"] = Field(
+        "relative",
+        description="`relative`: every query weighs the same and 1 is the distance "
+        "of the two experts; `sum`: squared error summed over tokens, as published.",
+    )
+    contrastive_weight: float = Field(
+        0.0, ge=0, description="Weight of the contrastive term (omega)."
+    )
+    temperature: float = Field(
+        0.1, gt=0, description="Temperature of the contrastive term (tau)."
+    )
+    initial_weight: float = Field(
+        0.5,
+        description="Coefficient from which the optimisation starts: the share of "
+        "the model that is not the base.",
+    )
+    outside_weight: float = Field(
+        0.0, description="Coefficient of embeddings, final norm and head; 0 is base."
+    )
+    regularization: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared departure from `initial_weight`.",
+    )
+    solver: Literal["adam", "lbfgs"] = Field(
+        "adam",
+        description="Adam, or L-BFGS (granularities layer, module and tensor only).",
+    )
+    learning_rate: float = Field(0.02, gt=0, description="Adam's learning rate.")
+    epochs: int = Field(
+        50, ge=1, description="Passes over the calibration set per layer."
+    )
+    batch_size: int = Field(16, ge=1, description="Queries per batch.")
+    queries_per_pattern: int = Field(
+        64, ge=1, description="Calibration queries drawn for each pattern."
+    )
+    max_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Longest query in tokens: longer prompts are left out, responses "
+        "cut, and both are reported.",
+    )
+    seed: int = Field(
+        0, ge=0, description="Seed of the draw of queries, the batches and the fields."
+    )
+
+
+def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
+    """Return the settings that a config's top-level `parameters` describe.
+
+    `weight` is left to mergekit. Raises `RpamError` with one finding for every
+    unknown name (with a suggestion), wrong value and impossible combination.
+    """
+    given = {k: v for k, v in parameters.items() if k != "weight"}
+    known = [*RpamSettings.model_fields, "weight"]
+    findings = [
+        f"parameters.{name}: unknown parameter.{suggestion(name, known)}"
+        for name in given
+        if name not in RpamSettings.model_fields
+    ]
+    for name in [n for n in given if n not in RpamSettings.model_fields]:
+        del given[name]
+    for name, value in list(given.items()):
+        if not isinstance(value, (bool, int, float, str)):
+            findings.append(
+                f"parameters.{name}: found a list or filter; it takes one value for "
+                "the whole merge."
+            )
+            del given[name]
+    preset = PRESETS.get(str(given.get("preset", "default")), {})
+    try:
+        settings = RpamSettings(**{**preset, **given})
+    except ValidationError as error:
+        findings += [_finding(e) for e in error.errors()]
+        raise RpamError(*findings) from None
+    if settings.solver == "lbfgs" and settings.granularity not in SCALAR_GRANULARITIES:
+        findings.append(
+            f"parameters.solver: 'lbfgs' needs few coefficients, but granularity is "
+            f"'{settings.granularity}'. Use solver adam, or granularity "
+            f"{', '.join(SCALAR_GRANULARITIES)}."
+        )
+    if findings:
+        raise RpamError(*findings)
+    return settings
+
+
+def _finding(error: Any) -> str:
+    name, value = error["loc"][0], error["input"]
+    hint = ""
+    if error["type"] == "literal_error":
+        expected = error["ctx"]["expected"]
+        hint = suggestion(
+            str(value), expected.replace("'", "").replace(" or ", ", ").split(", ")
+        )
+    return f"parameters.{name}: found {value!r}. {error['msg']}.{hint}"

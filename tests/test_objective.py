@@ -1,0 +1,93 @@
+"""The losses against hand-computed cases, differences, and padding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rpam_mergekit.objective import contrastive, distance, query_weights
+
+DOUBLE = torch.float64
+
+
+def test_every_query_weighs_the_same_whatever_its_length():
+    counted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    merged = torch.tensor([[[2.0]] * 4, [[2.0]] * 4])
+    positive = torch.zeros_like(merged)
+    assert distance(merged, positive, query_weights(counted)) == 4 + 4
+    assert distance(merged, positive, counted.float()) == 4 * 4 + 4
+
+
+def test_contrastive_of_a_hand_computed_case():
+    # One query of two tokens; angles to positive and negative of 60 and 90 degrees.
+    merged = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]], dtype=DOUBLE)
+    positive = torch.tensor([[[1.0, 0.0], [math.sqrt(3), 0.0]]], dtype=DOUBLE)
+    negative = torch.tensor([[[0.0, 5.0], [0.0, 0.0]]], dtype=DOUBLE)
+    counted = torch.ones(1, 2, dtype=torch.bool)
+    same = torch.ones(1, 1, dtype=torch.bool)
+    value = contrastive(merged, positive, negative, counted, same, temperature=0.5)
+    expected = -math.log(math.exp(0.5 / 0.5) / (math.exp(0.5 / 0.5) + math.exp(0.0)))
+    assert math.isclose(value.item(), expected, rel_tol=1e-12)
+
+
+def test_negatives_are_those_of_the_batch_and_the_same_pattern():
+    merged = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=DOUBLE)
+    negative = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]], dtype=DOUBLE)
+    counted = torch.ones(2, 1, dtype=torch.bool)
+    alone = contrastive(
+        merged, merged, negative, counted, torch.eye(2, dtype=torch.bool), 1.0
+    )
+    both = contrastive(
+        merged, merged, negative, counted, torch.ones(2, 2, dtype=torch.bool), 1.0
+    )
+    e = math.e
+    assert math.isclose(alone.item(), -math.log(e / (e + 1)), rel_tol=1e-12)
+    assert math.isclose(both.item(), -math.log(e / (e + 1 + e)), rel_tol=1e-12)
+
+
+def example(tokens: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(3, tokens, 4, generator=generator, dtype=DOUBLE) for _ in range(3)
+    )
+
+
+def test_gradients_equal_finite_differences():
+    merged, positive, negative = example(5)
+    counted = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    same = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
+    weights = query_weights(counted).to(DOUBLE)
+
+    def objective(hidden: torch.Tensor) -> torch.Tensor:
+        return distance(hidden, positive, weights) + contrastive(
+            hidden, positive, negative, counted, same, 0.1
+        )
+
+    assert torch.autograd.gradcheck(objective, merged.clone().requires_grad_())
+
+
+def test_padding_changes_nothing():
+    merged, positive, negative = example(5)
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    same = torch.ones(3, 3, dtype=torch.bool)
+    noise = torch.full((3, 7, 4), 1e3, dtype=DOUBLE)
+    padded = [torch.cat([x, noise], dim=1) for x in (merged, positive, negative)]
+    padded[0] = padded[0] * 1.5 - 0.5 * torch.cat([merged, noise * 0], dim=1)
+    mask = torch.cat([counted, torch.zeros(3, 7, dtype=torch.bool)], dim=1)
+    plain = contrastive(merged, positive, negative, counted, same, 0.1)
+    torch.testing.assert_close(plain, contrastive(*padded, mask, same, 0.1))
+    torch.testing.assert_close(
+        distance(merged, positive, query_weights(counted)),
+        distance(padded[0], padded[1], query_weights(mask)),
+    )
+
+
+def test_an_all_zero_hidden_state_is_not_a_nan():
+    zero = torch.zeros(1, 2, 3, requires_grad=True)
+    one = torch.ones(1, 2, 3)
+    same = torch.ones(1, 1, dtype=torch.bool)
+    value = contrastive(zero, one, one, torch.ones(1, 2).bool(), same, 0.1)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(zero.grad).all()

@@ -1,0 +1,182 @@
+"""The pre-pass on tiny pairs: it lowers the gap, and what it solved is what is used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import qwen2_config, save_pair, write_calibration
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from transformers import AutoTokenizer
+
+from rpam_mergekit.calibration import read_calibration
+from rpam_mergekit.checkpoint import plan_layout
+from rpam_mergekit.decoder import Decoder
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.prepass import MergeModels, PrePass
+from rpam_mergekit.prompts import encode_calibration, make_batches
+from rpam_mergekit.settings import parse_settings
+
+GRANULARITIES = ("low_rank", "element", "row", "tensor", "module", "layer")
+
+
+def build(folder, fixed=None, dtype=None, out_dtype=None, patterns=None, **parameters):
+    settings = parse_settings({"epochs": 4, "batch_size": 8, **parameters})
+    base, other = (ModelReference.parse(str(folder / n)) for n in ("long", "short"))
+    LoaderCache().setup(MergeOptions())
+    config = base.config()
+    layout = plan_layout(arch_info_for_config(config), config, [base, other])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "long")
+    calibration = read_calibration(folder / "calibration.jsonl")
+    queries, _ = encode_calibration(calibration, tokenizer, config.vocab_size, settings)
+    return PrePass(
+        MergeModels(base, other, *(patterns or ("long", "short"))),
+        layout,
+        Decoder(config),
+        make_batches(queries, settings.batch_size, pad_id=0),
+        settings,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        fixed=fixed,
+        quiet=True,
+    )
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_lowers_the_gap_of_every_layer(pair, granularity):
+    solution = build(pair, granularity=granularity, epochs=20).run()
+    assert [report.layer for report in solution.layers] == [0, 1, 2]
+    for report in solution.layers:
+        assert report.gap_after < report.gap_before
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "module", "layer"])
+def test_lbfgs_is_no_worse_than_adam(pair, granularity):
+    # The first layer's problem is the same for both; later ones start elsewhere.
+    adam = build(pair, granularity=granularity, epochs=60, learning_rate=0.05).run()
+    lbfgs = build(pair, granularity=granularity, epochs=60, solver="lbfgs").run()
+    assert lbfgs.layers[0].gap_after <= adam.layers[0].gap_after * 1.001
+
+
+def test_the_same_inputs_give_the_same_coefficients_bit_for_bit(pair):
+    first, second = (build(pair).run().entries for _ in range(2))
+    for name, parts in first.items():
+        for part, value in parts.items():
+            assert torch.equal(value, second[name][part])
+
+
+def test_the_global_generator_is_left_alone(pair):
+    prepass = build(pair)
+    before = torch.get_rng_state()
+    prepass.run()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_seed_matters(pair):
+    first, second = (build(pair, seed=seed).run().entries for seed in (0, 1))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first[name]["left"], second[name]["left"])
+
+
+def test_every_tensor_of_the_layout_gets_coefficients(pair):
+    prepass = build(pair)
+    entries = prepass.run().entries
+    infos = [
+        *prepass.layout.outside,
+        *(w for layer in prepass.layout.layers for w in layer),
+    ]
+    assert entries.keys() == {info.name for info in infos}
+    assert entries["lm_head.weight"]["scalar"] == 0.0
+
+
+def test_a_fixed_weight_stays_and_the_rest_is_optimised_around_it(pair):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    fixed = build(pair, fixed={name: 0.875, "lm_head.weight": 0.25}).run().entries
+    free = build(pair).run().entries
+    assert fixed[name] == {"scalar": torch.tensor(0.875)}
+    assert fixed["lm_head.weight"] == {"scalar": torch.tensor(0.25)}
+    # Layer 0 comes before it and is solved as without; later ones see its effect.
+    for layer, same in ((0, True), (1, False), (2, False)):
+        other = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert torch.equal(fixed[other]["row"], free[other]["row"]) is same
+
+
+def test_everything_fixed_leaves_nothing_to_solve(pair):
+    prepass = build(pair)
+    names = [w.name for layer in prepass.layout.layers for w in layer]
+    solution = build(pair, fixed=dict.fromkeys(names, 0.0)).run()
+    assert all(report.mean_coefficient == 0 for report in solution.layers)
+
+
+def test_a_fixed_share_of_1_of_every_weight_is_the_other_model(pair):
+    prepass = build(pair)
+    layers = [w.name for layer in prepass.layout.layers for w in layer]
+    prepass = build(pair, fixed=dict.fromkeys(layers, 1.0), outside_weight=1.0)
+    prepass.run()
+    for stream in prepass.streams:
+        torch.testing.assert_close(stream.merged, stream.other, rtol=1e-4, atol=1e-4)
+
+
+def test_patterns_may_be_the_other_way_round(pair):
+    """With the base standing for `short`, the targets swap."""
+    plain, swapped = build(pair), build(pair, patterns=("short", "long"))
+    plain.run()
+    swapped.run()
+    for one, two in zip(plain.streams, swapped.streams, strict=True):
+        assert torch.equal(one.other_is_positive, ~two.other_is_positive)
+        assert torch.equal(one.positive, two.negative)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"preset": "paper"}, {"contrastive_weight": 1.0}]
+)
+def test_the_contrastive_term_changes_the_solution(pair, parameters):
+    name = "model.layers.0.mlp.up_proj.weight"
+    with_it = build(pair, granularity="row", **parameters).run().entries[name]
+    without = {**parameters, "contrastive_weight": 0.0}
+    assert not torch.equal(
+        with_it["row"],
+        build(pair, granularity="row", **without).run().entries[name]["row"],
+    )
+
+
+def test_regularization_keeps_coefficients_near_the_initial_weight(pair):
+    free = build(pair, granularity="tensor", epochs=20).run()
+    held = build(pair, granularity="tensor", epochs=20, regularization=100.0).run()
+
+    def departure(solution) -> float:
+        return sum(abs(r.mean_coefficient - 0.5) for r in solution.layers)
+
+    assert departure(held) < departure(free) / 2
+
+
+def test_batches_and_their_padding_change_the_merged_stream_little(pair):
+    """With nothing to solve, hidden states are those of queries run one by one."""
+    prepass = build(pair)
+    layers = dict.fromkeys((w.name for la in prepass.layout.layers for w in la), 0.5)
+    single = build(pair, fixed=layers, batch_size=1)
+    batched = build(pair, fixed=layers, batch_size=8)
+    single.run()
+    batched.run()
+    rows = [
+        hidden[row][mask[row]]
+        for stream in batched.streams
+        for hidden, mask in [(stream.merged, stream.batch.counted)]
+        for row in range(len(hidden))
+    ]
+    for alone, row in zip(single.streams, rows, strict=True):
+        torch.testing.assert_close(alone.merged[0], row, rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_that_explodes_names_layer_and_knob(pair):
+    with pytest.raises(RpamError, match=r"layer 0: .*Lower parameters\.learning_rate"):
+        build(pair, learning_rate=1e30, granularity="element").run()
+
+
+def test_a_tied_head_is_left_to_the_embedding(tmp_path, tokenizer):
+    config = qwen2_config(tokenizer, tie_word_embeddings=True)
+    save_pair(tmp_path, config, tokenizer)
+    write_calibration(tmp_path / "calibration.jsonl")
+    assert "lm_head.weight" not in build(tmp_path).run().entries

@@ -1,0 +1,116 @@
+"""Queries become token ids with one template, true spans and no needless padding."""
+
+from __future__ import annotations
+
+import json
+
+import chains
+import pytest
+
+from rpam_mergekit.calibration import read_calibration
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.prompts import encode_calibration, make_batches
+from rpam_mergekit.settings import RpamSettings
+
+LONG = {"prompt": "1+1*3=", "pattern": "long", "response": "<think>1+1=2</think>6"}
+SHORT = {"prompt": "1+1=", "pattern": "short", "response": "2"}
+
+
+@pytest.fixture
+def encode(tmp_path, tokenizer):
+    def call(*records: dict, vocabulary=None, tokenizer=tokenizer, **settings):
+        path = tmp_path / "c.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        return encode_calibration(
+            read_calibration(path),
+            tokenizer,
+            vocabulary or len(tokenizer),
+            RpamSettings(**settings),
+        )
+
+    return call
+
+
+def test_prompt_and_response_stand_as_the_model_sees_them(encode, tokenizer):
+    (long, _short), _ = encode(LONG, SHORT)
+    text = "".join(tokenizer.convert_ids_to_tokens(long.ids))
+    assert text == "<|user|>1+1*3=<|end|><|assistant|><think>1+1=2</think>6"
+    prompt = "".join(tokenizer.convert_ids_to_tokens(long.ids[: long.prompt_tokens]))
+    assert prompt == "<|user|>1+1*3=<|end|><|assistant|>"
+
+
+def test_the_label_never_changes_the_prompt(encode):
+    other = {**LONG, "pattern": "short"}
+    (first, second), _ = encode(LONG, other, tokens="prompt")
+    assert first.ids == second.ids
+
+
+def test_prompts_alone_leave_responses_out(encode):
+    (long, _), _ = encode(LONG, SHORT, tokens="prompt")
+    assert len(long.ids) == long.prompt_tokens
+
+
+def test_a_query_without_response_is_reported(encode):
+    (_, short), notes = encode(LONG, {**SHORT, "response": None})
+    assert len(short.ids) == short.prompt_tokens
+    assert any("1 of 2 queries have no response" in note for note in notes)
+
+
+def test_a_tokenizer_without_chat_template_is_reported(encode):
+    plain = chains.build_tokenizer()
+    plain.chat_template = None
+    (_, short), notes = encode(LONG, SHORT, tokenizer=plain)
+    assert plain.decode(short.ids).replace(" ", "") == "1+1=2"
+    assert any("no chat template" in note for note in notes)
+
+
+def test_long_prompts_are_left_out_and_reported(encode):
+    encoded, notes = encode(LONG, SHORT, {**LONG, "prompt": "1+1+1+1="}, max_tokens=9)
+    assert [query.prompt_tokens for query in encoded] == [9, 7]
+    assert any("1 of 3 prompts are empty or longer than max_tokens" in n for n in notes)
+
+
+def test_a_pattern_of_which_nothing_fits_is_refused(encode):
+    with pytest.raises(RpamError, match=r"every 'long' prompt .* is longer than 8"):
+        encode(LONG, SHORT, max_tokens=8)
+
+
+def test_cut_responses_are_reported(encode):
+    (long, _), notes = encode(LONG, SHORT, max_tokens=11)
+    assert len(long.ids) == 11
+    assert any("1 responses were cut" in note for note in notes)
+
+
+def test_ids_outside_the_vocabulary_are_refused(encode, tokenizer):
+    top = len(tokenizer) - 1
+    with pytest.raises(RpamError, match=f"token id {top} .* vocabulary of {top}"):
+        encode({**LONG, "response": ";"}, SHORT, vocabulary=top)
+
+
+def test_fewer_queries_than_asked_for_is_reported(encode):
+    _, notes = encode(LONG, SHORT)
+    assert any("1 usable 'long' queries, fewer than" in note for note in notes)
+
+
+def test_a_query_that_the_template_refuses_is_named(encode):
+    strict = chains.build_tokenizer()
+    strict.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(RpamError, match=r"c\.jsonl:1: the chat template refuses"):
+        encode(LONG, SHORT, tokenizer=strict)
+
+
+def test_batches_are_padded_to_their_own_longest_only(encode):
+    records = [
+        {**SHORT, "prompt": "1" + "+1" * n + "=", "pattern": ("long", "short")[n % 2]}
+        for n in (8, 1, 7, 2, 6, 3)
+    ]
+    encoded, _ = encode(*records)
+    batches = make_batches(encoded, batch_size=2, pad_id=0)
+    lengths = [batch.input_ids.shape[1] for batch in batches]
+    assert lengths == sorted(lengths)
+    for batch in batches:
+        real = batch.attention_mask.sum(dim=1)
+        assert real.max() == batch.input_ids.shape[1]
+        assert (batch.counted.sum(dim=1) == real).all()
+    padding = sum(int((b.attention_mask == 0).sum()) for b in batches)
+    assert padding == 2 * ((2 - 1) + (6 - 3) + (8 - 7))  # an operation is two tokens

@@ -1,0 +1,96 @@
+"""Every setting is validated, with all findings at once and suggestions."""
+
+from __future__ import annotations
+
+import pytest
+
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.settings import PRESETS, RpamSettings, parse_settings
+
+
+def refused(parameters: dict) -> tuple[str, ...]:
+    with pytest.raises(RpamError) as caught:
+        parse_settings(parameters)
+    return caught.value.findings
+
+
+def test_defaults_need_nothing():
+    assert parse_settings({}) == RpamSettings()
+
+
+def test_numbers_may_come_as_text_as_yaml_reads_1e_3():
+    assert parse_settings({"learning_rate": "1e-3"}).learning_rate == 1e-3
+
+
+def test_the_users_own_weight_is_left_to_mergekit():
+    parse_settings({"weight": [{"filter": "lm_head", "value": 0.0}]})
+
+
+def test_a_misspelt_parameter_gets_a_suggestion():
+    (finding,) = refused({"granularty": "tensor"})
+    assert "parameters.granularty" in finding
+    assert "Did you mean 'granularity'?" in finding
+
+
+def test_an_unknown_parameter_lists_the_known_ones():
+    (finding,) = refused({"zzz": 1})
+    assert "calibration" in finding
+    assert "temperature" in finding
+
+
+def test_a_misspelt_choice_gets_a_suggestion():
+    (finding,) = refused({"granularity": "lowrank"})
+    assert "found 'lowrank'" in finding
+    assert "Did you mean 'low_rank'?" in finding
+
+
+def test_all_findings_come_together():
+    findings = refused({"epoch": 3, "rank": -1, "temperature": 0, "seed": [1, 2]})
+    assert len(findings) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("batch_size", "many"),
+        ("learning_rate", 0),
+        ("contrastive_weight", -1),
+        ("queries_per_pattern", 0),
+        ("tokens", "response"),
+        ("solver", "sgd"),
+        ("preset", "papers"),
+        ("alignment", "mean"),
+        ("max_tokens", 0),
+        ("regularization", -0.1),
+    ],
+)
+def test_a_wrong_value_names_the_parameter_and_the_value(name, value):
+    (finding,) = refused({name: value})
+    assert f"parameters.{name}: found {value!r}" in finding
+
+
+def test_lbfgs_is_for_few_coefficients():
+    for granularity in ("layer", "module", "tensor"):
+        parse_settings({"solver": "lbfgs", "granularity": granularity})
+    (finding,) = refused({"solver": "lbfgs", "granularity": "element"})
+    assert "Use solver adam" in finding
+
+
+def test_the_paper_preset_is_as_published_and_can_be_overridden():
+    settings = parse_settings({"preset": "paper", "epochs": 100})
+    assert settings.tokens == "prompt"
+    assert settings.alignment == "sum"
+    assert settings.granularity == "element"
+    assert settings.initial_weight == settings.outside_weight == 0.5
+    assert settings.epochs == 100
+
+
+def test_presets_name_only_settings():
+    for preset in PRESETS.values():
+        assert preset.keys() <= RpamSettings.model_fields.keys()
+
+
+def test_every_setting_has_a_description():
+    assert all(field.description for field in RpamSettings.model_fields.values())

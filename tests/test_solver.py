@@ -1,0 +1,77 @@
+"""Both solvers reach a known minimum, reproducibly, and say when they diverge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpam_mergekit import solver
+
+TARGETS = torch.tensor([[0.2, -1.0], [0.4, 3.0]], dtype=torch.float64)
+
+
+def loss_of(leaf: torch.Tensor):
+    """The mean over both batches is least at the mean of the targets."""
+    return lambda index: (leaf - TARGETS[index]).square().sum()
+
+
+def leaf() -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+
+def test_lbfgs_reaches_the_minimum_of_the_whole_set():
+    point = leaf()
+    evaluations = []
+    solver.lbfgs(
+        loss_of(point), 2, [point], epochs=20, step=lambda: evaluations.append(1)
+    )
+    torch.testing.assert_close(point.detach(), TARGETS.mean(dim=0), atol=1e-8, rtol=0)
+    assert 0 < len(evaluations) < 20
+
+
+def run_adam(seed: int) -> torch.Tensor:
+    point = leaf()
+    solver.adam(
+        loss_of(point),
+        2,
+        [point],
+        learning_rate=0.1,
+        epochs=300,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return point.detach()
+
+
+def test_adam_reaches_the_minimum_of_the_whole_set():
+    torch.testing.assert_close(run_adam(0), TARGETS.mean(dim=0), atol=0.02, rtol=0)
+
+
+def test_adam_is_reproducible_and_seeded():
+    assert torch.equal(run_adam(0), run_adam(0))
+    assert not torch.equal(run_adam(0), run_adam(1))
+
+
+def test_adam_steps_once_a_batch():
+    point, steps = leaf(), []
+    solver.adam(
+        loss_of(point),
+        2,
+        [point],
+        learning_rate=0.1,
+        epochs=3,
+        generator=torch.Generator(),
+        step=lambda: steps.append(1),
+    )
+    assert len(steps) == 6
+
+
+@pytest.mark.parametrize("name", ["adam", "lbfgs"])
+def test_an_objective_that_is_not_finite_stops_the_solver(name):
+    point = leaf()
+    arguments = {"epochs": 3}
+    if name == "adam":
+        arguments |= {"learning_rate": 0.1, "generator": torch.Generator()}
+    with pytest.raises(solver.Diverged, match="nan"):
+        getattr(solver, name)(
+            lambda _: point.sum() * float("nan"), 1, [point], **arguments
+        )
