@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed  ## Merge the pair in examples/quickstart and eval
 	$(BIN)/python $(QUICKSTART)/evaluate.py $(QUICKSTART)/out
 
 test: $(VENV)/installed  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed  ## Check style and types
 	$(BIN)/ruff format --check .

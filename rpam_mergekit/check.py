@@ -37,6 +37,16 @@ SAME_CONFIG = (
     "num_key_value_heads",
     "vocab_size",
 )
+# What the merged model takes from the base; the other expert is run with it too.
+TAKEN_FROM_BASE = (
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "hidden_act",
+    "head_dim",
+    "sliding_window",
+    "tie_word_embeddings",
+)
 WEIGHT = ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
 
 
@@ -241,6 +251,21 @@ def _compare_models(models: MergeModels, options: MergeOptions) -> list[str]:
                 f"{advice}"
             )
     return findings or compare_shapes(models.base, models.other)
+
+
+def config_notes(models: MergeModels, options: MergeOptions) -> list[str]:
+    """Return notes on config values in which the models differ but may be merged."""
+    base, other = (
+        m.config(trust_remote_code=options.trust_remote_code).get_text_config()
+        for m in (models.base, models.other)
+    )
+    return [
+        f"{key} differs: {getattr(base, key, None)} in {models.base}, "
+        f"{getattr(other, key, None)} in {models.other}; the merged model has the "
+        "base's, and both are run with it"
+        for key in TAKEN_FROM_BASE
+        if getattr(base, key, None) != getattr(other, key, None)
+    ]
 
 
 def _name(config: Any) -> str:

@@ -54,6 +54,20 @@ def merge(
     return add_task_vector(base.float(), task_vector(base, other), coefficient)
 
 
+def written(
+    base: torch.Tensor,
+    other: torch.Tensor,
+    coefficient: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the merged weight as it is written, rounded once.
+
+    To `dtype` (the config's `out_dtype`), or to the inputs' common dtype.
+    """
+    dtype = dtype or torch.promote_types(base.dtype, other.dtype)
+    return merge(base, other, coefficient).to(dtype)
+
+
 def coefficient(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the coefficient of a weight, broadcastable to it, from its parts."""
     terms = []

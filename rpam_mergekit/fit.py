@@ -21,7 +21,7 @@ from mergekit.io.tasks import LoaderCache
 from transformers import AutoTokenizer
 
 from rpam_mergekit import __version__
-from rpam_mergekit.check import MergeRequest, check_config
+from rpam_mergekit.check import MergeRequest, check_config, config_notes
 from rpam_mergekit.checkpoint import Layout, content_digest, plan_layout
 from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.decoder import Decoder
@@ -56,6 +56,8 @@ def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
         )
+    for note in config_notes(models, options):
+        _say(f"rpam: {note}", options)
     queries: list[EncodedQuery] = []
     if request.calibration is not None:
         queries = _encode(planner, request)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from mergekit import merge_methods
+from mergekit.common import dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -32,10 +33,9 @@ from mergekit.merge_methods.base import (
 
 from rpam_mergekit.check import NAME, WEIGHT, check_config, check_keys
 from rpam_mergekit.checkpoint import Layout
-from rpam_mergekit.coefficients import merge, open_coefficients
+from rpam_mergekit.coefficients import open_coefficients, written
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.fit import fit
-from rpam_mergekit.prepass import written_dtype
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "
@@ -92,10 +92,8 @@ class RpamMerge(GroupMergeMethod):
             coefficient = file.coefficient(tensor, base.device)
         else:
             raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
-        merged = merge(base, other.tensor, coefficient)
-        return merged.to(
-            written_dtype(base, other.tensor, parameters["written_dtype"] or None)
-        )
+        dtype = dtype_from_name(parameters["written_dtype"])
+        return written(base, other.tensor, coefficient, dtype)
 
 
 METHOD = RpamMerge()

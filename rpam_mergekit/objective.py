@@ -9,10 +9,20 @@ from __future__ import annotations
 import torch
 
 
-def query_weights(counted: torch.Tensor) -> torch.Tensor:
-    """Return token weights that sum to 1 over each query's `counted` tokens."""
-    counted = counted.float()
-    return counted / counted.sum(dim=1, keepdim=True).clamp(min=1)
+def token_weights(
+    counted: torch.Tensor, deciding: torch.Tensor, prompt_weight: float
+) -> torch.Tensor:
+    """Return float32 weights: 1 for `deciding` tokens, `prompt_weight` for others.
+
+    Tokens that are not `counted` (padding) weigh nothing.
+    """
+    weights = torch.where(deciding, 1.0, prompt_weight)
+    return weights * counted
+
+
+def per_query(weights: torch.Tensor) -> torch.Tensor:
+    """Return token weights scaled to sum to 1 over each query."""
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def distance(

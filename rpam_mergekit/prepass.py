@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +28,15 @@ from rpam_mergekit.coefficients import (
     LayerCoefficients,
     add_task_vector,
     coefficient,
-    merge,
     task_vector,
+    written,
 )
 from rpam_mergekit.decoder import Call, Decoder
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.objective import contrastive, distance, query_weights
+from rpam_mergekit.objective import contrastive, distance
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.streams import Stream, expert_distance, gap, weigh_tokens
 
 LOG = logging.getLogger(__name__)
 Weights = dict[str, torch.Tensor]
@@ -73,26 +74,6 @@ class Solution:
     layers: list[LayerReport]
 
 
-@dataclass
-class _Stream:
-    """A batch on its way through the layers; hidden states (queries, tokens, width)."""
-
-    batch: Batch
-    calls: list[Call]
-    base: torch.Tensor
-    other: torch.Tensor
-    merged: torch.Tensor
-    weights: torch.Tensor  # of tokens in the relative alignment, summing to 1 a query
-    other_is_positive: torch.Tensor  # bool (queries, 1, 1)
-    positive: torch.Tensor = field(init=False)
-    negative: torch.Tensor = field(init=False)
-
-    def choose_experts(self) -> None:
-        """Set `positive` and `negative`, the experts' hidden states by pattern."""
-        self.positive = torch.where(self.other_is_positive, self.other, self.base)
-        self.negative = torch.where(self.other_is_positive, self.base, self.other)
-
-
 class PrePass:
     """One run of the pre-pass; `streams` holds the hidden states when it has ended."""
 
@@ -119,7 +100,7 @@ class PrePass:
         self.fixed = dict(fixed or {})
         self.quiet = quiet
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.streams: list[_Stream] = []
+        self.streams: list[Stream] = []
         # By name as written below: within a layer, or whole outside the layers.
         self.out_dtypes = {w.name: w.force_dtype or out_dtype for w in layout.outside}
         for index, weights in enumerate(layout.layers):
@@ -167,7 +148,9 @@ class PrePass:
             for name in names
         }
         base, other = _float32(base), _float32(other)
-        for batch in self.batches:
+        device = self.decoder.device
+        weighed = weigh_tokens(self.batches, self.settings)
+        for batch, (of_tokens, shares) in zip(self.batches, weighed, strict=True):
             states: dict[str, torch.Tensor] = {}
             calls: list[Call] = []
             for expert, weights in {
@@ -179,16 +162,14 @@ class PrePass:
                     weights, batch.input_ids, batch.attention_mask
                 )
             positive = [p == self.models.other_pattern for p in batch.patterns]
-            device = self.decoder.device
             self.streams.append(
-                _Stream(
-                    batch,
-                    calls,
+                Stream(
+                    calls=calls,
                     **states,
-                    weights=query_weights(batch.counted).to(device),
-                    other_is_positive=torch.tensor(positive, device=device)[
-                        :, None, None
-                    ],
+                    counted=batch.attention_mask.bool().to(device),
+                    other_is_positive=torch.tensor(positive, device=device),
+                    token_weights=of_tokens.to(device),
+                    shares=shares.to(device),
                 )
             )
         return entries
@@ -210,15 +191,14 @@ class PrePass:
             device=self.decoder.device,
             generator=self.generator,
         )
-        scale = self._scale()
         before = self._advanced(index, base, other, coefficients.solved())
-        gap_before = self._gap(before, scale)
+        gap_before = gap(self.streams, before)
         del before
         if coefficients.leaves:
-            self._minimise(index, base, other, coefficients, scale, progress)
+            self._minimise(index, base, other, coefficients, progress)
         solved = coefficients.solved()
         merged = self._advanced(index, base, other, solved)
-        gap_after = self._gap(merged, scale)
+        gap_after = gap(self.streams, merged)
         for stream, hidden in zip(self.streams, merged, strict=True):
             stream.merged = hidden
         mean = torch.stack([coefficient(parts).mean() for parts in solved.values()])
@@ -243,21 +223,6 @@ class PrePass:
             stream.other = self.decoder.replay(index, other, stream.other, call)
             stream.choose_experts()
 
-    def _scale(self) -> float:
-        """Return the mean over queries of the experts' mean squared distance."""
-        total = sum(
-            float(distance(s.positive, s.negative, s.weights)) for s in self.streams
-        )
-        queries = sum(len(s.batch.patterns) for s in self.streams)
-        return max(total / queries, 1e-30)
-
-    def _gap(self, merged: Sequence[torch.Tensor], scale: float) -> float:
-        total = sum(
-            float(distance(hidden, s.positive, s.weights))
-            for hidden, s in zip(merged, self.streams, strict=True)
-        )
-        return total / sum(len(s.batch.patterns) for s in self.streams) / scale
-
     @torch.no_grad()
     def _advanced(
         self, index: int, base: Weights, other: Weights, solved: Mapping[str, Weights]
@@ -278,10 +243,10 @@ class PrePass:
         base: Weights,
         other: Weights,
         coefficients: LayerCoefficients,
-        scale: float,
         progress: tqdm,
     ) -> None:
         dtype = self._solving_dtype
+        scale = expert_distance(self.streams)
         buffers = {n: value for n, value in base.items() if n not in coefficients.parts}
         origin = {name: base[name].to(dtype) for name in coefficients.parts}
         vectors = {
@@ -329,24 +294,22 @@ class PrePass:
             ) from None
 
     def _objective(
-        self, stream: _Stream, hidden: torch.Tensor, scale: float
+        self, stream: Stream, hidden: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Return the objective of a batch (eq. 5): alignment and contrast."""
         settings = self.settings
-        counted = stream.batch.counted.to(hidden.device)
         if settings.alignment == "sum":
-            loss = distance(hidden, stream.positive, counted)
+            loss = distance(hidden, stream.positive, stream.token_weights)
         else:
-            queries = len(stream.batch.patterns)
-            loss = distance(hidden, stream.positive, stream.weights) / queries / scale
+            loss = distance(hidden, stream.positive, stream.shares) / scale
+            loss = loss * len(self.streams)
         if settings.contrastive_weight:
-            other = stream.other_is_positive.flatten()
             loss = loss + settings.contrastive_weight * contrastive(
                 hidden,
                 stream.positive.to(hidden.dtype),
                 stream.negative.to(hidden.dtype),
-                counted,
-                other[:, None] == other[None, :],
+                stream.counted,
+                stream.same_pattern,
                 settings.temperature,
             )
         return loss
@@ -365,15 +328,8 @@ class PrePass:
         if not base.is_floating_point():
             return base
         parts = {part: value.to(base.device) for part, value in parts.items()}
-        merged = merge(base, other, coefficient(parts))
-        return merged.to(written_dtype(base, other, self.out_dtypes[name])).float()
-
-
-def written_dtype(
-    base: torch.Tensor, other: torch.Tensor, out_dtype: str | None
-) -> torch.dtype:
-    """Return the dtype a merged tensor is written in: `out_dtype`, or the inputs'."""
-    return dtype_from_name(out_dtype) or torch.promote_types(base.dtype, other.dtype)
+        dtype = dtype_from_name(self.out_dtypes[name])
+        return written(base, other, coefficient(parts), dtype).float()
 
 
 def _float32(weights: Weights) -> Weights:

@@ -34,13 +34,14 @@ class Batch:
     """Queries padded on the right to the longest of them.
 
     input_ids, attention_mask: int64 (queries, tokens); the mask is 1 on real tokens.
-    counted: bool (queries, tokens), the tokens whose hidden states are aligned.
+    deciding: bool (queries, tokens), the tokens from which the response is predicted:
+        the last of the prompt and those of the response.
     patterns: one per query.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    counted: torch.Tensor
+    deciding: torch.Tensor
     patterns: tuple[str, ...]
 
 
@@ -137,13 +138,15 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     longest = max(len(query.ids) for query in queries)
     input_ids = torch.full((len(queries), longest), pad_id)
     attention_mask = torch.zeros_like(input_ids)
+    deciding = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, query in enumerate(queries):
         input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
         attention_mask[row, : len(query.ids)] = 1
+        deciding[row, query.prompt_tokens - 1 : len(query.ids)] = True
     return Batch(
         input_ids,
         attention_mask,
-        attention_mask.bool(),
+        deciding,
         tuple(query.pattern for query in queries),
     )
 

@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "granularity": "element",
         "tokens": "prompt",
+        "prompt_weight": 1.0,
+        "long_share": 0.5,
         "alignment": "sum",
         "contrastive_weight": 1000.0,
         "outside_weight": 0.5,
@@ -31,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.01,
         "epochs": 50,
         "batch_size": 16,
+        "queries_per_pattern": 64,
     },
 }
 
@@ -70,6 +73,19 @@ class RpamSettings(BaseModel):
     tokens: Literal["prompt", "prompt+response"] = Field(
         "prompt+response", description="Tokens whose hidden states are aligned."
     )
+    prompt_weight: float = Field(
+        0.1,
+        ge=0,
+        description="Weight of a prompt token, relative to the tokens from which the "
+        "response is predicted (the prompt's last and the response's).",
+    )
+    long_share: float = Field(
+        0.65,
+        gt=0,
+        lt=1,
+        description="Share of the objective that lies on queries of the pattern "
+        "`long`: above 0.5, the merged model reasons more readily.",
+    )
     alignment: Literal["relative", "sum"] = Field(
         "relative",
         description="`relative`: every query weighs the same and 1 is the distance "
@@ -100,11 +116,11 @@ class RpamSettings(BaseModel):
     )
     learning_rate: float = Field(0.02, gt=0, description="Adam's learning rate.")
     epochs: int = Field(
-        50, ge=1, description="Passes over the calibration set per layer."
+        40, ge=1, description="Passes over the calibration set per layer."
     )
-    batch_size: int = Field(16, ge=1, description="Queries per batch.")
+    batch_size: int = Field(32, ge=1, description="Queries per batch.")
     queries_per_pattern: int = Field(
-        64, ge=1, description="Calibration queries drawn for each pattern."
+        256, ge=1, description="Calibration queries drawn for each pattern."
     )
     max_tokens: int = Field(
         2048,
@@ -165,3 +181,12 @@ def _finding(error: Any) -> str:
             str(value), expected.replace("'", "").replace(" or ", ", ").split(", ")
         )
     return f"parameters.{name}: found {value!r}. {error['msg']}.{hint}"
+
+
+def settings_table() -> str:
+    """Return the settings as the Markdown table of the README."""
+    lines = ["| parameter | default | |", "|---|---|---|"]
+    for name, field in RpamSettings.model_fields.items():
+        default = "" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(lines)

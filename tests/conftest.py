@@ -120,13 +120,16 @@ def merge_config(folder: Path, **changes) -> dict:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run one of the environment's commands with one thread; never raises."""
     return subprocess.run(
         [str(SCRIPTS / command[0]), *command[1:]],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
+        cwd=cwd,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

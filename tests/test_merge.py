@@ -57,12 +57,11 @@ def test_the_model_on_disk_is_the_model_that_was_optimised(
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     last = []
     model.model.layers[-1].register_forward_hook(lambda *call: last.append(call[2]))
-    for stream in prepass.streams:
-        batch = stream.batch
+    for batch, stream in zip(prepass.batches, prepass.streams, strict=True):
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        hidden = last.pop()[batch.counted]
-        difference = (hidden - stream.merged[batch.counted]).norm() / hidden.norm()
+        hidden = last.pop()[batch.attention_mask.bool()]
+        difference = (hidden - stream.merged[stream.counted]).norm() / hidden.norm()
         assert difference < 1e-4
     assert_merged_by_formula(out, pair, out / COEFFICIENTS)
 
@@ -178,10 +177,10 @@ def test_out_dtype_is_what_the_pre_pass_rounds_to(pair, tmp_path, mergekit_yaml)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     last = []
     model.model.layers[-1].register_forward_hook(lambda *call: last.append(call[2]))
-    batch = prepass.streams[0].batch
+    batch = prepass.batches[0]
     model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    hidden = last.pop()[batch.counted]
-    merged = prepass.streams[0].merged[batch.counted]
+    hidden = last.pop()[batch.attention_mask.bool()]
+    merged = prepass.streams[0].merged[batch.attention_mask.bool()]
     torch.testing.assert_close(hidden, merged, rtol=1e-4, atol=1e-5)
 
 
@@ -220,6 +219,16 @@ def test_coefficients_alone_reproduce_the_merge(pair, merged, tmp_path, mergekit
     succeeded(process)
     assert "pre-pass" not in process.stderr
     assert shard_bytes(tmp_path / "out") == shard_bytes(merged / "out")
+
+
+def test_a_value_taken_from_the_base_is_reported(tmp_path, tokenizer, mergekit_yaml):
+    save_pair(tmp_path, qwen2_config(tokenizer), tokenizer)
+    write_calibration(tmp_path / "calibration.jsonl")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-5}))
+    process = mergekit_yaml(merge_config(tmp_path))
+    succeeded(process)
+    assert "rms_norm_eps differs: 1e-06 in" in process.stderr
 
 
 def test_two_settings_in_one_mergekit_multi_document(pair, tmp_path):

@@ -6,7 +6,12 @@ import math
 
 import torch
 
-from rpam_mergekit.objective import contrastive, distance, query_weights
+from rpam_mergekit.objective import (
+    contrastive,
+    distance,
+    per_query,
+    token_weights,
+)
 
 DOUBLE = torch.float64
 
@@ -15,8 +20,18 @@ def test_every_query_weighs_the_same_whatever_its_length():
     counted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
     merged = torch.tensor([[[2.0]] * 4, [[2.0]] * 4])
     positive = torch.zeros_like(merged)
-    assert distance(merged, positive, query_weights(counted)) == 4 + 4
+    assert distance(merged, positive, per_query(counted.float())) == 4 + 4
     assert distance(merged, positive, counted.float()) == 4 * 4 + 4
+
+
+def test_prompt_tokens_weigh_what_they_are_given_and_padding_nothing():
+    counted = torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    deciding = torch.tensor([[0, 0, 1, 1, 0]]).bool()
+    weights = token_weights(counted, deciding, prompt_weight=0.25)
+    assert torch.equal(weights, torch.tensor([[0.25, 0.25, 1.0, 1.0, 0.0]]))
+    assert torch.equal(per_query(weights), weights / 2.5)
+    only = token_weights(counted, deciding, prompt_weight=0.0)
+    assert torch.equal(only, torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]))
 
 
 def test_contrastive_of_a_hand_computed_case():
@@ -57,7 +72,7 @@ def test_gradients_equal_finite_differences():
     merged, positive, negative = example(5)
     counted = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
     same = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
-    weights = query_weights(counted).to(DOUBLE)
+    weights = per_query(counted.to(DOUBLE))
 
     def objective(hidden: torch.Tensor) -> torch.Tensor:
         return distance(hidden, positive, weights) + contrastive(
@@ -78,8 +93,8 @@ def test_padding_changes_nothing():
     plain = contrastive(merged, positive, negative, counted, same, 0.1)
     torch.testing.assert_close(plain, contrastive(*padded, mask, same, 0.1))
     torch.testing.assert_close(
-        distance(merged, positive, query_weights(counted)),
-        distance(padded[0], padded[1], query_weights(mask)),
+        distance(merged, positive, per_query(counted.float())),
+        distance(padded[0], padded[1], per_query(mask.float())),
     )
 
 

@@ -163,7 +163,7 @@ def test_batches_and_their_padding_change_the_merged_stream_little(pair):
     rows = [
         hidden[row][mask[row]]
         for stream in batched.streams
-        for hidden, mask in [(stream.merged, stream.batch.counted)]
+        for hidden, mask in [(stream.merged, stream.counted)]
         for row in range(len(hidden))
     ]
     for alone, row in zip(single.streams, rows, strict=True):

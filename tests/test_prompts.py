@@ -111,6 +111,13 @@ def test_batches_are_padded_to_their_own_longest_only(encode):
     for batch in batches:
         real = batch.attention_mask.sum(dim=1)
         assert real.max() == batch.input_ids.shape[1]
-        assert (batch.counted.sum(dim=1) == real).all()
     padding = sum(int((b.attention_mask == 0).sum()) for b in batches)
     assert padding == 2 * ((2 - 1) + (6 - 3) + (8 - 7))  # an operation is two tokens
+
+
+def test_the_tokens_that_decide_are_the_prompts_last_and_the_responses(encode):
+    encoded, _ = encode(LONG, SHORT)
+    (batch,) = make_batches(encoded, batch_size=2, pad_id=0)
+    short, long = batch.deciding  # ordered by length
+    assert short.tolist() == [False] * 6 + [True] * 2 + [False] * (len(short) - 8)
+    assert long.tolist() == [False] * 8 + [True] * (len(long) - 8)

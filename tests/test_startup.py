@@ -28,7 +28,7 @@ class Environment:
     """A fresh virtual environment that sees the test environment's packages."""
 
     def __init__(self, folder: Path, with_packages: bool = True) -> None:
-        venv.create(folder, with_pip=False)
+        venv.create(folder, with_pip=False, symlinks=True)
         self.python = str(folder / "bin" / "python")
         command = [
             self.python,

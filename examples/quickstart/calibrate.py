@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.experts / "long")
-    queries = chains.queries(args.queries, "train", seed=1)
+    queries = chains.queries(args.queries, "train", seed=1, mix=(1,) * 8)
     solved = {
         pattern: correct_responses(
             evaluate.load(args.experts / pattern), tokenizer, queries

@@ -184,14 +184,14 @@ def hull_at_tokens(points: list[Result], tokens: float) -> float:
 def router(long: Result, short: Result) -> tuple[float, float]:
     """Return accuracy and tokens of choosing the cheaper adequate expert by difficulty.
 
-    It knows the difficulty only: Short where its accuracy is within 0.05 of Long's.
+    It knows the difficulty only: Short where its accuracy is within 0.1 of Long's.
     """
     accuracy = tokens = 0.0
-    for difficulty, share in zip(chains.DIFFICULTIES, chains.MIX, strict=True):
+    for difficulty, weight in zip(chains.DIFFICULTIES, chains.MIX, strict=True):
         a, b = long.by_difficulty[difficulty], short.by_difficulty[difficulty]
-        chosen = b if b["accuracy"] >= a["accuracy"] - 0.05 else a
-        accuracy += share * chosen["accuracy"]
-        tokens += share * chosen["tokens"]
+        chosen = b if b["accuracy"] >= a["accuracy"] - 0.1 else a
+        accuracy += weight / sum(chains.MIX) * chosen["accuracy"]
+        tokens += weight / sum(chains.MIX) * chosen["tokens"]
     return accuracy, tokens
 
 

@@ -1,14 +1,16 @@
-"""Train the quickstart's two experts: `python train.py` (under an hour on 2 cores).
+"""Train the quickstart's two experts: `python train.py` (about an hour on 2 cores).
 
 Not needed to use them: the checkpoints lie beside this file. A base model first
-learns both ways of answering the same queries; each expert is then fine-tuned from
-the saved base on one of them. Prompts of three and more operations outside the
-`train` split are never seen. Seeded throughout; rewrites `long/` and `short/`.
+learns both ways of answering the same queries. Long is fine-tuned from it on writing
+every step; Short on answering at once, after more practice in both. Prompts of three
+and more operations outside the `train` split are never seen. Seeded throughout;
+rewrites `long/` and `short/`.
 """
 
 import argparse
 import copy
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import chains
@@ -19,8 +21,34 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with
 HERE = Path(__file__).parent
 # Short answers are learnt on more of the queries they can be learnt for.
 SHORT_MIX = (2, 4, 8, 4, 1, 1, 1, 1)
-# Long chains need the most steps to be right; the base sees all alike.
-LONG_MIX = (1, 1, 1, 1, 1, 2, 2, 3)
+SHORT_PRACTICE_MIX = (1, 1, 4, 6, 1, 1, 1, 1)
+# Long chains need the most steps to be right.
+LONG_PRACTICE_MIX = (1, 1, 1, 1, 1, 2, 2, 3)
+
+
+@dataclass
+class Stage:
+    """One stage of training; ``rows``: by pattern, batches a step, their rows, mix."""
+
+    starts_from: str | None
+    rows: dict[str, tuple[int, int, tuple[int, ...]]]
+    steps: int
+    learning_rate: float
+
+
+STAGES = {
+    "base": Stage(
+        None, {"long": (1, 24, (1,) * 8), "short": (4, 64, SHORT_MIX)}, 3500, 1.5e-3
+    ),
+    "practice": Stage(
+        "base",
+        {"long": (2, 24, LONG_PRACTICE_MIX), "short": (2, 64, SHORT_PRACTICE_MIX)},
+        2000,
+        1e-3,
+    ),
+    "long": Stage("base", {"long": (4, 16, LONG_PRACTICE_MIX)}, 1000, 3e-4),
+    "short": Stage("practice", {"short": (4, 64, SHORT_PRACTICE_MIX)}, 300, 3e-4),
+}
 
 
 def new_model(tokenizer, seed: int) -> Qwen2ForCausalLM:
@@ -59,18 +87,18 @@ def batch(tokenizer, rows: int, pattern: str, mix, rng: random.Random):
     return difficulty, ids, labels
 
 
-def train(model, tokenizer, name: str, rows: dict, steps: int, lr: float, seed: int):
-    """Train ``model`` in place; ``rows``: batches, their rows and mix, by pattern."""
+def train(model, tokenizer, name: str, stage: Stage, seed: int) -> None:
+    """Train ``model`` in place."""
     rng = random.Random(f"{name}-{seed}")
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05
+        model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    schedule = get_cosine_schedule_with_warmup(optimiser, min(100, steps // 5), steps)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 100, stage.steps)
     model.train()
     losses = {}  # the latest of each pattern and difficulty
-    progress = trange(steps, desc=name)
+    progress = trange(stage.steps, desc=name)
     for _ in progress:
-        for pattern, (batches, size, mix) in rows.items():
+        for pattern, (batches, size, mix) in stage.rows.items():
             for _ in range(batches):
                 difficulty, ids, labels = batch(tokenizer, size, pattern, mix, rng)
                 loss = model(input_ids=ids, labels=labels).loss / batches
@@ -94,36 +122,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-steps", type=int, default=3500)
-    parser.add_argument("--long-steps", type=int, default=1000)
-    parser.add_argument("--short-steps", type=int, default=400)
-    parser.add_argument("--expert-lr", type=float, default=3e-4)
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("base", "long", "short"),
-        default=("base", "long", "short"),
-        help="stages to run; the experts start from base/ in the output folder",
+        choices=STAGES,
+        default=list(STAGES),
+        help="stages to run; each but the first starts from another's folder in --out",
     )
     args = parser.parse_args()
     tokenizer = chains.build_tokenizer()
-    if "base" in args.only:
-        base = new_model(tokenizer, args.seed)
-        both = {"long": (1, 24, (1,) * 8), "short": (4, 64, SHORT_MIX)}
-        train(base, tokenizer, "base", both, args.base_steps, 1.5e-3, args.seed)
-        save(base, tokenizer, args.out / "base")
-    experts = {
-        "long": ((4, 16, LONG_MIX), args.long_steps),
-        "short": ((4, 64, SHORT_MIX), args.short_steps),
-    }
-    for pattern, (rows, steps) in experts.items():
-        if pattern in args.only:
-            expert = Qwen2ForCausalLM.from_pretrained(
-                args.out / "base", dtype=torch.float32
+    for name in args.only:
+        stage = STAGES[name]
+        if stage.starts_from is None:
+            model = new_model(tokenizer, args.seed)
+        else:
+            model = Qwen2ForCausalLM.from_pretrained(
+                args.out / stage.starts_from, dtype=torch.float32
             )
-            lr = args.expert_lr
-            train(expert, tokenizer, pattern, {pattern: rows}, steps, lr, args.seed)
-            save(expert, tokenizer, args.out / pattern)
+        train(model, tokenizer, name, stage, args.seed)
+        save(model, tokenizer, args.out / name)
 
 
 if __name__ == "__main__":
