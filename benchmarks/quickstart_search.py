@@ -1,9 +1,9 @@
 """What was tried on the quickstart pair: `python benchmarks/quickstart_search.py`.
 
 Every variant is a whole merge by mergekit, evaluated on the *validation* queries; the
-test queries play no part in choosing defaults. Prints a Markdown table, best first by
-accuracy kept at a saving of tokens; `--only` runs some variants, `--seeds` repeats them
-with other draws of the calibration queries.
+test queries play no part in choosing defaults. Prints a Markdown table; `--only` runs
+some variants, `--seeds` repeats them with other draws of the calibration queries, and
+`--set` changes parameters of all.
 """
 
 import argparse
@@ -36,9 +36,13 @@ VARIANTS: dict[str, dict] = {
     "row": {"granularity": "row"},
     "element": {"granularity": "element"},
     "rank 0": {"rank": 0},
-    "rank 1": {"rank": 1},
-    "rank 2": {"rank": 2},
+    "rank 4": {"rank": 4},
     "rank 8": {"rank": 8},
+    "rank 32": {"rank": 32},
+    "prompt tokens weigh as others": {"prompt_weight": 1.0},
+    "prompt tokens weigh nothing": {"prompt_weight": 0.0},
+    "long share 0.5": {"long_share": 0.5},
+    "long share 0.85": {"long_share": 0.85},
     "prompts only": {"tokens": "prompt"},
     "prompts only, element": {"tokens": "prompt", "granularity": "element"},
     "summed over tokens": {"alignment": "sum"},
@@ -46,17 +50,16 @@ VARIANTS: dict[str, dict] = {
     "initial weight 0.1": {"initial_weight": 0.1},
     "initial weight 0.3": {"initial_weight": 0.3},
     "initial weight 0.7": {"initial_weight": 0.7},
-    "32 queries per pattern": {"queries_per_pattern": 32},
+    "64 queries per pattern": {"queries_per_pattern": 64},
     "128 queries per pattern": {"queries_per_pattern": 128},
     "contrastive 0.01": {"contrastive_weight": 0.01},
     "contrastive 0.1": {"contrastive_weight": 0.1},
     "regularization 0.01": {"regularization": 0.01},
     "regularization 0.1": {"regularization": 0.1},
-    "learning rate 0.005": {"learning_rate": 0.005},
     "learning rate 0.01": {"learning_rate": 0.01},
     "learning rate 0.05": {"learning_rate": 0.05},
-    "epochs 20": {"epochs": 20},
-    "epochs 100": {"epochs": 100},
+    "epochs 15": {"epochs": 15},
+    "epochs 60": {"epochs": 60},
     "preset paper": {"preset": "paper"},
 }
 

@@ -92,17 +92,15 @@ def check_config(
     settings = _collect(findings, lambda: parse_settings(config.parameters or {}))
     models = _collect(findings, lambda: _models(config))
     calibration = None
-    if settings is not None:
-        if settings.calibration is not None:
-            calibration = _collect(
-                findings, lambda: read_calibration(settings.calibration)
-            )
-        elif settings.coefficients is None:
-            findings.append(
-                "parameters.calibration: missing. Name the pattern-labelled "
-                "calibration file (JSONL), or the coefficients file of an earlier run "
-                "in parameters.coefficients."
-            )
+    path = (config.parameters or {}).get("calibration")
+    if isinstance(path, str):
+        calibration = _collect(findings, lambda: read_calibration(path))
+    elif settings is not None and settings.coefficients is None:
+        findings.append(
+            "parameters.calibration: missing. Name the pattern-labelled calibration "
+            "file (JSONL), or the coefficients file of an earlier run in "
+            "parameters.coefficients."
+        )
     findings += _unsupported(config)
     if models is not None:
         findings += _compare_models(models, options)
@@ -166,8 +164,11 @@ def _unsupported(config: MergeConfiguration) -> list[str]:
     return findings
 
 
-def _models(config: MergeConfiguration) -> MergeModels:
-    """Return base and other model with their patterns, or raise all that is wrong."""
+def _models(config: MergeConfiguration) -> MergeModels | None:
+    """Return base and other model with their patterns, or raise all that is wrong.
+
+    None where the config has no `models:`, which `_unsupported` reports.
+    """
     findings = []
     named = [m.model for m in config.models or []]
     others = [m for m in named if m != config.base_model]
@@ -205,8 +206,9 @@ def _models(config: MergeConfiguration) -> MergeModels:
                     findings.append(f"{where}: found {value!r}.{hint}")
                 else:
                     patterns[model.model] = str(value)
-    if findings:
-        raise RpamError(*findings)
+    refuse(findings)
+    if not config.models or config.base_model is None:
+        return None
     base, other = config.base_model, others[0]
     opposite = {"long": "short", "short": "long"}
     base_pattern = patterns.get(base) or opposite[patterns.get(other, "short")]

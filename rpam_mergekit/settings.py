@@ -68,7 +68,7 @@ class RpamSettings(BaseModel):
         )
     )
     rank: int = Field(
-        4, ge=0, le=256, description="Rank of the product term of `low_rank` fields."
+        16, ge=0, le=256, description="Rank of the product term of `low_rank` fields."
     )
     tokens: Literal["prompt", "prompt+response"] = Field(
         "prompt+response", description="Tokens whose hidden states are aligned."
@@ -114,9 +114,9 @@ class RpamSettings(BaseModel):
         "adam",
         description="Adam, or L-BFGS (granularities layer, module and tensor only).",
     )
-    learning_rate: float = Field(0.02, gt=0, description="Adam's learning rate.")
+    learning_rate: float = Field(0.03, gt=0, description="Adam's learning rate.")
     epochs: int = Field(
-        40, ge=1, description="Passes over the calibration set per layer."
+        30, ge=1, description="Passes over the calibration set per layer."
     )
     batch_size: int = Field(32, ge=1, description="Queries per batch.")
     queries_per_pattern: int = Field(

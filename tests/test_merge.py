@@ -233,14 +233,14 @@ def test_a_value_taken_from_the_base_is_reported(tmp_path, tokenizer, mergekit_y
 
 def test_two_settings_in_one_mergekit_multi_document(pair, tmp_path):
     documents = [
-        {**merge_config(pair, parameters={"granularity": g}), "name": g}
+        {**merge_config(pair, parameters={"granularity": g}), "name": f"by-{g}"}
         for g in ("tensor", "row")
     ]
     path = tmp_path / "multi.yml"
     path.write_text("\n---\n".join(json.dumps(d) for d in documents))
     out = tmp_path / "steps"
     succeeded(run(["mergekit-multi", str(path), "-I", str(out)]))
-    for name in ("tensor", "row"):
+    for name in ("by-tensor", "by-row"):
         assert_merged_by_formula(out / name, pair, out / name / COEFFICIENTS)
 
 

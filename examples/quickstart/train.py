@@ -52,7 +52,7 @@ STAGES = {
 
 
 def new_model(tokenizer, seed: int) -> Qwen2ForCausalLM:
-    """Return a Qwen2 model of 1.3 million random parameters."""
+    """Return a Qwen2 model of 1.2 million random parameters."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
