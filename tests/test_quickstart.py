@@ -149,7 +149,9 @@ def test_the_merged_model_thinks_only_where_it_must(merged):
     succeeded(process)
     report = json.loads((merged / "results.json").read_text())
     long, model = report["sweep"][0], report["merged"]
-    assert model["accuracy"] >= 0.95 * long["accuracy"]
+    # 95 % of Long's accuracy, but for twice the sampling error of 1000 queries.
+    error = (model["accuracy"] * (1 - model["accuracy"]) / model["queries"]) ** 0.5
+    assert model["accuracy"] + 2 * error >= 0.95 * long["accuracy"]
     assert model["tokens"] <= 0.85 * long["tokens"]
     assert model["accuracy"] >= report["sweep_at_tokens"] + 0.15
     assert model["by_difficulty"]["1"]["thinking"] <= 0.05
