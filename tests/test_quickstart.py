@@ -98,6 +98,15 @@ def test_the_sweep_is_read_at_the_same_tokens_and_its_hull_above_it():
     assert math.isclose(evaluate.at_tokens(points, 10), 0.6)
 
 
+def test_difficulties_can_be_weighed_alike():
+    skewed = result(0, 0.9, 5)
+    easy = {"accuracy": 1.0, "tokens": 2.0, "thinking": 0.0}
+    hard = {"accuracy": 0.5, "tokens": 20.0, "thinking": 1.0}
+    skewed.by_difficulty = {1: easy, 8: hard}
+    level = evaluate.equally_frequent(skewed)
+    assert (level.accuracy, level.tokens) == (0.75, 11.0)
+
+
 def test_the_sweep_is_refined_where_it_jumps():
     """A jump at 0.47 is resolved to the smallest step; flat parts stay coarse."""
     long, short = result(0, 1.0, 30), result(1, 0.6, 2)

@@ -13,7 +13,7 @@ import argparse
 import copy
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import chains
@@ -181,6 +181,16 @@ def hull_at_tokens(points: list[Result], tokens: float) -> float:
     return best
 
 
+def equally_frequent(result: Result) -> Result:
+    """Return the result as if every difficulty were equally frequent."""
+    strata = result.by_difficulty.values()
+    return replace(
+        result,
+        accuracy=sum(s["accuracy"] for s in strata) / len(strata),
+        tokens=sum(s["tokens"] for s in strata) / len(strata),
+    )
+
+
 def router(long: Result, short: Result) -> tuple[float, float]:
     """Return accuracy and tokens of choosing the cheaper adequate expert by difficulty.
 
@@ -310,6 +320,13 @@ def main() -> None:
         print(
             f"sweep at {merged.tokens:.2f} tokens: {curve:.1%}; its upper hull (random "
             f"mixing of its models): {hull:.1%}"
+        )
+        level, levels = equally_frequent(merged), [equally_frequent(p) for p in points]
+        print(
+            f"were all difficulties equally frequent: merged {level.accuracy:.1%} at "
+            f"{level.tokens:.2f} tokens (Long {levels[0].accuracy:.1%} at "
+            f"{levels[0].tokens:.2f}), sweep {at_tokens(levels, level.tokens):.1%}, "
+            f"hull {hull_at_tokens(levels, level.tokens):.1%}"
         )
     report = {
         "split": args.split,
