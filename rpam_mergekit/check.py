@@ -22,9 +22,8 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
 
 from rpam_mergekit.calibration import PATTERNS, CalibrationSet, read_calibration
-from rpam_mergekit.checkpoint import Layout, compare_shapes
+from rpam_mergekit.checkpoint import Layout, MergeModels, compare_shapes
 from rpam_mergekit.errors import RpamError, refuse, suggestion
-from rpam_mergekit.prepass import MergeModels
 from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings, parse_settings
 
 NAME = "rpam"

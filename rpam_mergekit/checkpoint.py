@@ -31,6 +31,16 @@ SHAPE_FINDINGS = 5
 
 
 @dataclass(frozen=True)
+class MergeModels:
+    """The two models of a merge, and the pattern each of them stands for."""
+
+    base: ModelReference
+    other: ModelReference
+    base_pattern: str = "long"
+    other_pattern: str = "short"
+
+
+@dataclass(frozen=True)
 class Layout:
     """The tensors of a merge: one tuple per decoder layer, and those outside them."""
 

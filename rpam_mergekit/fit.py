@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prepass import LayerReport, PrePass
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
 
-LOG = logging.getLogger(__name__)
 # Raised whenever the same inputs would give other coefficients than before.
 ALGORITHM = 1
 IN_OUTPUT = Path("rpam") / "coefficients.safetensors"

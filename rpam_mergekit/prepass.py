@@ -13,17 +13,16 @@ time, besides the activations of the calibration set.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from tqdm import tqdm
 
 from rpam_mergekit import solver
-from rpam_mergekit.checkpoint import Layout, load
+from rpam_mergekit.checkpoint import Layout, MergeModels, load
 from rpam_mergekit.coefficients import (
     LayerCoefficients,
     add_task_vector,
@@ -33,23 +32,17 @@ from rpam_mergekit.coefficients import (
 )
 from rpam_mergekit.decoder import Call, Decoder
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.objective import contrastive, distance
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
-from rpam_mergekit.streams import Stream, expert_distance, gap, weigh_tokens
+from rpam_mergekit.streams import (
+    Stream,
+    expert_distance,
+    gap,
+    objective,
+    weigh_tokens,
+)
 
-LOG = logging.getLogger(__name__)
 Weights = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class MergeModels:
-    """The two models of a merge, and the pattern each of them stands for."""
-
-    base: ModelReference
-    other: ModelReference
-    base_pattern: str = "long"
-    other_pattern: str = "short"
 
 
 @dataclass(frozen=True)
@@ -265,7 +258,7 @@ class PrePass:
             if dtype != torch.float32:
                 call = call.to(dtype)
             hidden = self.decoder.replay(index, weights, stream.merged.to(dtype), call)
-            loss = self._objective(stream, hidden, scale)
+            loss = objective(stream, hidden, scale, len(self.streams), self.settings)
             if self.settings.regularization:
                 loss = loss + self.settings.regularization * coefficients.penalty()
             return loss
@@ -292,27 +285,6 @@ class PrePass:
                 f"layer {index}: {error}. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate})."
             ) from None
-
-    def _objective(
-        self, stream: Stream, hidden: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Return the objective of a batch (eq. 5): alignment and contrast."""
-        settings = self.settings
-        if settings.alignment == "sum":
-            loss = distance(hidden, stream.positive, stream.token_weights)
-        else:
-            loss = distance(hidden, stream.positive, stream.shares) / scale
-            loss = loss * len(self.streams)
-        if settings.contrastive_weight:
-            loss = loss + settings.contrastive_weight * contrastive(
-                hidden,
-                stream.positive.to(hidden.dtype),
-                stream.negative.to(hidden.dtype),
-                stream.counted,
-                stream.same_pattern,
-                settings.temperature,
-            )
-        return loss
 
     def _load(self, infos) -> tuple[Weights, Weights]:
         device = str(self.decoder.device)

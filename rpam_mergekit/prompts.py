@@ -7,7 +7,6 @@ similar length and are padded on the right to their own longest, no further.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ import torch
 from rpam_mergekit.calibration import CalibrationQuery, CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.settings import RpamSettings
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 from rpam_mergekit.decoder import Call
-from rpam_mergekit.objective import distance, per_query, token_weights
+from rpam_mergekit.objective import (
+    contrastive,
+    distance,
+    per_query,
+    token_weights,
+)
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
 
@@ -94,3 +99,31 @@ def gap(streams: Sequence[Stream], merged: Sequence[torch.Tensor]) -> float:
         for hidden, stream in zip(merged, streams, strict=True)
     )
     return total / expert_distance(streams)
+
+
+def objective(
+    stream: Stream,
+    hidden: torch.Tensor,
+    scale: float,
+    batches: int,
+    settings: RpamSettings,
+) -> torch.Tensor:
+    """Return a batch's objective (eq. 5): alignment of `hidden`, and contrast.
+
+    `scale` is the experts' distance over all `batches` batches, whose objectives have
+    the whole set's as their mean. Differentiable in `hidden`.
+    """
+    if settings.alignment == "sum":
+        loss = distance(hidden, stream.positive, stream.token_weights)
+    else:
+        loss = distance(hidden, stream.positive, stream.shares) / scale * batches
+    if settings.contrastive_weight:
+        loss = loss + settings.contrastive_weight * contrastive(
+            hidden,
+            stream.positive.to(hidden.dtype),
+            stream.negative.to(hidden.dtype),
+            stream.counted,
+            stream.same_pattern,
+            settings.temperature,
+        )
+    return loss

@@ -12,10 +12,10 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.checkpoint import plan_layout
+from rpam_mergekit.checkpoint import MergeModels, plan_layout
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prepass import MergeModels, PrePass
+from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.prompts import encode_calibration, make_batches
 from rpam_mergekit.settings import parse_settings
 
