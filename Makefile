@@ -12,7 +12,7 @@ help:  ## List the targets
 $(VENV)/installed: pyproject.toml constraints.txt startup/rpam_mergekit.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[plot,test,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[sample,plot,test,lint]'
 	touch $@
 
 quickstart: $(VENV)/installed  ## Merge the pair in examples/quickstart and evaluate it

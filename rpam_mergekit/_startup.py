@@ -26,6 +26,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self.awaited = dict(HOOKS)
+        self.put_off: list = []  # (hook, module), until the plugin is imported
 
     def find_spec(self, name, path=None, target=None):
         hook = self.awaited.pop(name, None)
@@ -54,6 +55,11 @@ class _Loader:
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
+        plugin = sys.modules.get("rpam_mergekit.method")
+        if plugin is not None and not hasattr(plugin, self.hook):
+            # The plugin is being imported, and that imports mergekit.
+            self.finder.put_off.append((self.hook, module))
+            return
         try:
             import rpam_mergekit.method
 
@@ -69,6 +75,15 @@ class _Loader:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def catch_up(plugin) -> None:
+    """Run the hooks that were put off while `plugin` was being imported."""
+    for finder in sys.meta_path:
+        put_off = getattr(finder, "put_off", [])
+        while type(finder).__name__ == _Finder.__name__ and put_off:
+            hook, module = put_off.pop(0)
+            getattr(plugin, hook)(module)
 
 
 def arm() -> None:

@@ -7,12 +7,12 @@ similar length and are padded on the right to their own longest, no further.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rpam_mergekit.calibration import CalibrationQuery, CalibrationSet, draw_queries
+from rpam_mergekit.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.settings import RpamSettings
 
@@ -60,7 +60,7 @@ def encode_calibration(
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
         try:
-            ids = _prompt_ids(query, tokenizer)
+            ids = prompt_ids(query.conversation, tokenizer)
         except Exception as error:
             findings.append(f"{where}: the chat template refuses this query: {error}")
             ids = []
@@ -148,14 +148,26 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     )
 
 
-def _prompt_ids(query: CalibrationQuery, tokenizer) -> list[int]:
+def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
+    """Return the prompt up to where the response begins, by the chat template.
+
+    Plain text, turns apart by an empty line, where the tokenizer has no template.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
-        text = "\n\n".join(turn["content"] for turn in query.conversation)
-        return list(tokenizer(text)["input_ids"])
-    text = tokenizer.apply_chat_template(
-        query.conversation, tokenize=False, add_generation_prompt=True
+        return "\n\n".join(turn["content"] for turn in conversation)
+    return tokenizer.apply_chat_template(
+        list(conversation), tokenize=False, add_generation_prompt=True
     )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_ids(conversation: Sequence[Mapping[str, str]], tokenizer) -> list[int]:
+    """Return the token ids of `prompt_text`.
+
+    A template writes its own special tokens; plain text gets the tokenizer's.
+    """
+    text = prompt_text(conversation, tokenizer)
+    plain = getattr(tokenizer, "chat_template", None) is None
+    return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
 
 
 def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:

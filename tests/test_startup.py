@@ -124,6 +124,18 @@ def test_the_switch_turns_it_off(environment, wheel):
     assert "'rpam'" in environment.methods(RPAM_MERGEKIT_AUTOLOAD="1")
 
 
+@pytest.mark.parametrize("first", ["rpam_mergekit.method", "mergekit.merge_methods"])
+def test_the_plugin_may_be_imported_before_mergekit(environment, wheel, first):
+    environment.install(wheel)
+    process = environment.run(
+        "-W", "error::RuntimeWarning", "-c", f"import {first}; {LIST}"
+    )
+    assert process.returncode == 0, process.stderr
+    assert "'rpam'" in process.stdout
+    off = environment.run("-c", f"import {first}; {LIST}", RPAM_MERGEKIT_AUTOLOAD="0")
+    assert "'rpam'" not in off.stdout
+
+
 def test_a_broken_plugin_leaves_mergekit_working_and_says_why(environment, wheel):
     environment.install(wheel)
     (environment.site / "rpam_mergekit" / "method.py").write_text("1 / 0\n")

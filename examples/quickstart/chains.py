@@ -13,7 +13,7 @@ and ``test`` (the figures that are reported).
 import hashlib
 import random
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 DIFFICULTIES = tuple(range(1, 9))
@@ -99,6 +99,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     words = [*SPECIAL, THINK, END_THINK, *"0123456789+-*=;"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # tokens end to end, without spaces
     tokenizer.add_special_tokens([*SPECIAL])
     tokenizer.add_tokens([THINK, END_THINK])
     fast = PreTrainedTokenizerFast(

@@ -1,0 +1,291 @@
+"""What the commands do, once their options are parsed."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rpam_mergekit import __version__, label_report, labeling
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.extras import needs
+from rpam_mergekit.intake import Intake, grader_of, markers_of, tokenizer_of
+from rpam_mergekit.leaks import read_guard
+from rpam_mergekit.questions import QuestionSet, load_questions
+from rpam_mergekit.responses import Markers
+from rpam_mergekit.rows import Dataset
+from rpam_mergekit.samples import SampleReader, SampleWriter, check_folder
+from rpam_mergekit.sampling import Backend, SamplingSettings, Tally
+from rpam_mergekit.sampling import run as sample_all
+
+
+async def run_sample(
+    model: str, dataset: str, out: Path, extra_body: dict[str, Any], **options: Any
+) -> None:
+    """Sample `model` on `dataset` into `out`; see `mergekit-rpam sample --help`."""
+    o = options
+    settings = SamplingSettings(
+        samples=o["samples"],
+        temperature=o["temperature"],
+        top_p=o["top_p"],
+        top_k=o["top_k"],
+        max_tokens=o["max_tokens"],
+        seed=o["seed"],
+    )
+    markers = markers_of(o)
+    check_folder(out)
+    questions = questions_of(dataset, o)
+    for note in questions.notes:
+        click.echo(f"note: {note}", err=True)
+    asked = questions.questions[: o["limit"]]
+    backend, identity = await _backend(model, settings, markers, extra_body, o)
+    header = {
+        "model": model,
+        **identity,
+        "dataset": questions.description,
+        "sampling": {**settings.model_dump(), "extra_body": extra_body},
+        "thinking": {
+            "open": markers.open,
+            "close": markers.close,
+            "opened_by_prompt": backend.opened_by_prompt,
+        },
+        "software": _software(),
+    }
+    with SampleWriter(out, header) as writer:
+        tally = Tally()
+        left = [q for q in asked if q.index not in writer.done]
+        if writer.done:
+            for query in SampleReader(out):
+                tally.add(query)
+            click.echo(
+                f"{out} has {len(writer.done)} queries; {len(left)} are left.", err=True
+            )
+        if left:
+            with grader_of(o) as grader:
+                await sample_all(backend, asked, writer, grader, markers, tally)
+        if not writer.finished:
+            writer.finish()
+    for note in backend.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo("\n".join(tally.lines()))
+    click.echo(f"written to {out}")
+
+
+def questions_of(dataset: str, o: dict[str, Any]) -> QuestionSet:
+    """Return the queries that the options of `sample` name."""
+    return load_questions(
+        Dataset(
+            dataset,
+            preset=o["preset"],
+            config=o["config"],
+            split=o["split"],
+            revision=o["dataset_revision"],
+            question_column=o["question_column"],
+            answer_column=o["answer_column"],
+        ),
+        system=o["system"],
+        instruction=o["instruction"],
+        shuffle=o["shuffle"],
+    )
+
+
+async def _backend(
+    model: str,
+    settings: SamplingSettings,
+    markers: Markers,
+    extra_body: dict[str, Any],
+    o: dict[str, Any],
+) -> tuple[Backend, dict[str, Any]]:
+    """Return the backend, and what identifies the model in the file's header."""
+    if o["base_url"]:
+        from rpam_mergekit.server import ServerBackend, ServerOptions
+
+        tokenizer = tokenizer_of(o["tokenizer"])
+        server = ServerBackend(
+            model,
+            settings,
+            ServerOptions(
+                base_urls=o["base_url"],
+                concurrency=o["concurrency"],
+                timeout=o["timeout"],
+                retries=o["retries"],
+                requests_per_minute=o["requests_per_minute"],
+                tokenizer=tokenizer,
+            ),
+            markers,
+            extra_body,
+            o["opened_by_prompt"],
+        )
+        await server.check()
+        return server, {"backend": "server"}
+    from rpam_mergekit.generation import (
+        ModelOptions,
+        TransformersBackend,
+        local_digest,
+    )
+
+    backend = TransformersBackend(
+        model,
+        settings,
+        ModelOptions(
+            revision=o["revision"],
+            device=o["device"],
+            dtype=o["dtype"],
+            batch_size=o["batch_size"],
+            trust_remote_code=o["trust_remote_code"],
+        ),
+        markers,
+        o["opened_by_prompt"],
+    )
+    return backend, {
+        "backend": "transformers",
+        "weights": {
+            "revision": o["revision"],
+            "digest": local_digest(model),
+            "dtype": o["dtype"],
+        },
+    }
+
+
+async def run_grade(source: Path, out: Path, **options: Any) -> None:
+    """Grade the responses of `source` anew into `out`."""
+    reader = Intake(source, options, regrade=True)
+    tally = Tally()
+    with SampleWriter(out, {**reader.header, "software": _software()}) as writer:
+        if writer.finished:
+            raise RpamError(f"--out: {out} exists and is finished; name another file.")
+        for query in SampleReader(out):
+            tally.add(query)
+        async for query in reader.queries(skip=writer.done):
+            writer.append(query)
+            tally.add(query)
+        if reader.finished:
+            writer.finish()
+    if not reader.finished:
+        click.echo(f"note: the run that writes {source} has not finished", err=True)
+    click.echo("\n".join(tally.lines()))
+    click.echo(f"written to {out}")
+
+
+async def run_label(long: Path, short: Path, out: Path, **options: Any) -> None:
+    """Label the queries of two sample files into the calibration file `out`."""
+    o = options
+    check_folder(out)
+    if o["plot"]:
+        check_folder(o["plot"])
+        with needs("plot"):
+            import matplotlib  # noqa: F401
+    guard = read_guard(o["exclude"])
+    candidates: list[list[labeling.Candidate]] = []
+    readers = [Intake(path, o) for path in (long, short)]
+    for reader in readers:
+        _warn_of_evaluation_set(reader)
+    models = [reader.header.get("model") for reader in readers]
+    if models[0] is not None and models[0] == models[1]:
+        click.echo(f"note: both files are of the model {models[0]}", err=True)
+    for reader in readers:
+        kept = [labeling.Candidate.of(query) async for query in reader.queries()]
+        _check_finished(reader, len(kept), o["partial"])
+        candidates.append(kept)
+    labels = labeling.label(
+        candidates[0],
+        candidates[1],
+        guard,
+        per_pattern=o["per_pattern"],
+        balance=o["balance"],
+        seed=o["seed"],
+    )
+    click.echo(label_report.table(labels, guard))
+    if o["by"]:
+        click.echo(label_report.table_by(labels, o["by"]))
+    labeling.write_calibration(out, labels)
+    click.echo(f"{len(labels.chosen)} queries written to {out}")
+    if o["plot"]:
+        label_report.plot(o["plot"], labels)
+        click.echo(f"picture: {o['plot']}")
+
+
+async def run_compare(files: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Compare the models of several sample files; writes the report into `out`."""
+    from rpam_mergekit import compare_report
+    from rpam_mergekit.compare import Model, QueryFigures, by_weight, compare
+
+    with needs("plot"):
+        import matplotlib  # noqa: F401
+    roles = ["long", "short", "merged"] if len(files) > 1 else ["merged"]
+    models: list[Model] = []
+    for place, path in enumerate(files):
+        role = roles[place] if place < len(roles) else "sweep"
+        parts = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not parts:
+            raise RpamError(f"{path}: the folder holds no .jsonl file.")
+        name = path.name.removesuffix(".jsonl").removesuffix(".samples")
+        if any(model.name == name for model in models):
+            name = f"{name} ({place + 1})"
+        model = Model(name, role)
+        for part in parts:
+            reader = Intake(part, options)
+            dataset = reader.header.get("dataset", {}).get("name") or part.stem
+            # Of one file the name does not matter: files of other names are paired.
+            dataset = dataset if len(parts) > 1 else "queries"
+            async for query in reader.queries():
+                key = (dataset, query.question)
+                model.queries.setdefault(key, QueryFigures.of(query))
+            _check_finished(reader, len(model.queries), options["partial"])
+        models.append(model)
+    models = models[: len(roles)] + by_weight(models[len(roles) :])
+    found = compare(
+        models, by=options["by"], draws=options["draws"], seed=options["seed"]
+    )
+    click.echo(compare_report.text(found))
+    compare_report.write(out, found)
+    click.echo(f"written to {out}")
+
+
+def run_report(coefficients: Path, out: Path) -> None:
+    """Write the report on a coefficients file into `out`."""
+    from rpam_mergekit import coefficient_report
+    from rpam_mergekit.coefficient_figures import read_report
+
+    with needs("plot"):
+        import matplotlib  # noqa: F401
+    found = read_report(coefficients)
+    click.echo(coefficient_report.text(found))
+    coefficient_report.write(out, found)
+    click.echo(f"written to {out}")
+
+
+def _check_finished(reader: Intake, queries: int, partial: bool) -> None:
+    if not reader.finished and not partial:
+        raise RpamError(
+            f"{reader.path}: the run that writes it has not finished ({queries} "
+            "queries so far). Run its command again to finish it, or give --partial "
+            "to take what is there."
+        )
+
+
+def _warn_of_evaluation_set(reader: Intake) -> None:
+    from rpam_mergekit.presets import PRESETS
+
+    dataset = reader.header.get("dataset", {})
+    preset = PRESETS.get(dataset.get("preset") or "")
+    if preset is not None and dataset.get("split") == preset.evaluation:
+        click.echo(
+            f"note: {reader.path} holds queries that models are evaluated on "
+            f"({preset.name}, split {preset.evaluation}): calibrate on them, and "
+            "figures on that benchmark mean nothing",
+            err=True,
+        )
+
+
+def _software() -> dict[str, str]:
+    found = {"rpam-mergekit": __version__, "python": platform.python_version()}
+    for name in ("math-verify", "transformers", "openai"):
+        try:
+            found[name] = version(name)
+        except ImportError:
+            continue
+    return found

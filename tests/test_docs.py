@@ -1,0 +1,52 @@
+"""The commands that README and docs show exist, with the options they show."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from conftest import QUICKSTART, ROOT
+
+from rpam_mergekit.cli import main
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [QUICKSTART / "README.md"]
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def shell_lines(page) -> list[str]:
+    """Return the lines of a page's shell blocks, continued lines joined."""
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def commands() -> list[tuple[str, str]]:
+    return [
+        (page.name, line)
+        for page in PAGES
+        for line in shell_lines(page)
+        if line.startswith("mergekit-rpam ")
+    ]
+
+
+def test_the_pages_show_commands():
+    shown = {line.split()[1] for _, line in commands()}
+    assert {"sample", "label"} <= shown
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_a_command_that_a_page_shows_parses(page, line):
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = main.get_command(None, name)
+    assert command is not None, f"{page}: {name}"
+    command.make_context(name, arguments)
+
+
+def test_the_presets_that_the_docs_list_are_those_there_are():
+    from rpam_mergekit.presets import PRESETS
+
+    page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\S+/\S+)", page, re.MULTILINE))
+    assert listed == {name: preset.path for name, preset in PRESETS.items()}
