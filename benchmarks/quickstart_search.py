@@ -60,7 +60,9 @@ VARIANTS: dict[str, dict] = {
     "learning rate 0.05": {"learning_rate": 0.05},
     "epochs 15": {"epochs": 15},
     "epochs 60": {"epochs": 60},
+    "half of the layers": {"layers": 0.5},
     "preset paper": {"preset": "paper"},
+    "preset qa-merging": {"preset": "qa-merging"},
 }
 
 

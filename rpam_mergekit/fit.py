@@ -27,6 +27,7 @@ from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prepass import LayerReport, PrePass
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.tables import aligned
 
 # Raised whenever the same inputs would give other coefficients than before.
 ALGORITHM = 1
@@ -104,13 +105,20 @@ def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:
-    """Return one line per layer: gap before and after, mean coefficient."""
-    lines = ["layer  gap before  gap after  mean coefficient"]
-    lines += [
-        f"{r.layer:5}  {r.gap_before:10.4f}  {r.gap_after:9.4f}  "
-        f"{r.mean_coefficient:16.4f}"
+    """Return one line per layer: divergence, gap before and after, coefficient."""
+    head = ["layer", "divergence", "gap before", "gap after", "mean coefficient", ""]
+    rows = [
+        [
+            str(r.layer),
+            f"{r.divergence:.4f}",
+            f"{r.gap_before:.4f}",
+            f"{r.gap_after:.4f}",
+            f"{r.mean_coefficient:.4f}",
+            "" if r.optimised else "not optimised",
+        ]
         for r in reports
     ]
+    lines = aligned([head, *rows])
     lines.append(
         "gap: squared distance to the expert each query should follow; 1 is the "
         "distance of the other expert"

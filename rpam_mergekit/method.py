@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,3 +204,7 @@ def _injected(
         yield
     finally:
         config.parameters = original
+
+
+if "rpam_mergekit._startup" in sys.modules:
+    sys.modules["rpam_mergekit._startup"].catch_up(sys.modules[__name__])

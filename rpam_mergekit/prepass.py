@@ -18,31 +18,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
 from tqdm import tqdm
 
 from rpam_mergekit import solver
-from rpam_mergekit.checkpoint import Layout, MergeModels, load
+from rpam_mergekit.checkpoint import Layout, MergeModels
 from rpam_mergekit.coefficients import (
     LayerCoefficients,
     add_task_vector,
     coefficient,
     task_vector,
-    written,
 )
 from rpam_mergekit.decoder import Call, Decoder
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.experts import ExpertWeights, Weights, float32
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
 from rpam_mergekit.streams import (
     Stream,
+    divergence,
     expert_distance,
     gap,
     objective,
     weigh_tokens,
 )
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,17 @@ class LayerReport:
     """One solved layer: the relative gap to the positive expert, and its coefficients.
 
     The gap is the alignment term: 0 at the positive expert, 1 as far from it as the
-    negative one; `gap_before` is that of the initial coefficients.
+    negative one; `gap_before` is that of the initial coefficients. `divergence`: how
+    far apart the experts are, see `streams.divergence`; `optimised`: false where the
+    coefficients kept their initial values.
     """
 
     layer: int
     gap_before: float
     gap_after: float
     mean_coefficient: float
+    divergence: float
+    optimised: bool
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,13 @@ class PrePass:
         self.models = models
         self.layout = layout
         self.decoder = decoder
+        self.experts = ExpertWeights(models, layout, decoder, dtype, out_dtype)
         self.batches = batches
         self.settings = settings
-        self.dtype = dtype
         self.fixed = dict(fixed or {})
         self.quiet = quiet
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.streams: list[Stream] = []
-        # By name as written below: within a layer, or whole outside the layers.
-        self.out_dtypes = {w.name: w.force_dtype or out_dtype for w in layout.outside}
-        for index, weights in enumerate(layout.layers):
-            names = {decoder.relative_name(index, w.name): w for w in weights}
-            decoder.check_names(index, set(names))
-            self.out_dtypes |= {n: w.force_dtype or out_dtype for n, w in names.items()}
 
     def run(self) -> Solution:
         """Return the solved coefficients of every tensor of the layout.
@@ -107,6 +103,7 @@ class PrePass:
         Raises `RpamError` if a layer's objective stops being a finite number.
         """
         entries = self._enter()
+        chosen = self._most_divergent()
         reports = []
         solves = self.settings.epochs * len(self.batches)
         with tqdm(
@@ -117,7 +114,7 @@ class PrePass:
         ) as progress:
             for index in range(len(self.layout.layers)):
                 progress.set_postfix(layer=f"{index + 1}/{len(self.layout.layers)}")
-                solved, report = self._solve_layer(index, progress)
+                solved, report = self._solve_layer(index, index in chosen, progress)
                 entries.update(solved)
                 reports.append(report)
                 progress.n = (index + 1) * solves  # L-BFGS may need fewer
@@ -135,12 +132,12 @@ class PrePass:
             }
             for name in names
         }
-        base, other = self._load(self.layout.outside)
+        base, other = self.experts.outside()
         merged = {
-            name: self._written(name, base[name], other[name], entries[name])
+            name: self.experts.written(name, base[name], other[name], entries[name])
             for name in names
         }
-        base, other = _float32(base), _float32(other)
+        base, other = float32(base), float32(other)
         device = self.decoder.device
         weighed = weigh_tokens(self.batches, self.settings)
         for batch, (of_tokens, shares) in zip(self.batches, weighed, strict=True):
@@ -167,13 +164,34 @@ class PrePass:
             )
         return entries
 
+    def _most_divergent(self) -> set[int]:
+        """Return the layers to optimise: the share in which the experts differ most.
+
+        Sends both experts through all layers once, unless all are to be optimised.
+        """
+        count = len(self.layout.layers)
+        most = max(1, round(self.settings.layers * count))
+        if most == count:
+            return set(range(count))
+        entered = [(stream.base, stream.other) for stream in self.streams]
+        divergences = []
+        layers = tqdm(range(count), desc="divergence", disable=self.quiet)
+        for index in layers:
+            _, base, other = self.experts.layer(index)
+            self._run_experts(index, float32(base), float32(other))
+            divergences.append(divergence(self.streams))
+        for stream, (base_states, other_states) in zip(
+            self.streams, entered, strict=True
+        ):
+            stream.base, stream.other = base_states, other_states
+        order = sorted(range(count), key=lambda index: -divergences[index])
+        return set(order[:most])
+
     def _solve_layer(
-        self, index: int, progress: tqdm
+        self, index: int, optimised: bool, progress: tqdm
     ) -> tuple[dict[str, dict[str, torch.Tensor]], LayerReport]:
-        infos = self.layout.layers[index]
-        relative = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
-        base, other = (_renamed(w, relative) for w in self._load(infos))
-        self._run_experts(index, _float32(base), _float32(other))
+        relative, base, other = self.experts.layer(index)
+        self._run_experts(index, float32(base), float32(other))
         coefficients = LayerCoefficients(
             {n: value.shape for n, value in base.items() if value.is_floating_point()},
             granularity=self.settings.granularity,
@@ -187,7 +205,7 @@ class PrePass:
         before = self._advanced(index, base, other, coefficients.solved())
         gap_before = gap(self.streams, before)
         del before
-        if coefficients.leaves:
+        if coefficients.leaves and optimised:
             self._minimise(index, base, other, coefficients, progress)
         solved = coefficients.solved()
         merged = self._advanced(index, base, other, solved)
@@ -195,11 +213,18 @@ class PrePass:
         for stream, hidden in zip(self.streams, merged, strict=True):
             stream.merged = hidden
         mean = torch.stack([coefficient(parts).mean() for parts in solved.values()])
-        report = LayerReport(index, gap_before, gap_after, float(mean.mean()))
+        report = LayerReport(
+            index,
+            gap_before,
+            gap_after,
+            float(mean.mean()),
+            divergence(self.streams),
+            optimised,
+        )
         entries = {
-            w.name: solved[relative[w.name]]
-            for w in infos
-            if relative[w.name] in solved
+            name: solved[within]
+            for name, within in relative.items()
+            if within in solved
         }
         return entries, report
 
@@ -222,7 +247,9 @@ class PrePass:
     ) -> list[torch.Tensor]:
         """Return the merged stream after this layer, with the weights as written."""
         weights = {
-            name: self._written(name, base[name], other[name], solved.get(name, {}))
+            name: self.experts.written(
+                name, base[name], other[name], solved.get(name, {})
+            )
             for name in base
         }
         return [
@@ -285,31 +312,3 @@ class PrePass:
                 f"layer {index}: {error}. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate})."
             ) from None
-
-    def _load(self, infos) -> tuple[Weights, Weights]:
-        device = str(self.decoder.device)
-        return (
-            load(self.models.base, infos, self.dtype, device),
-            load(self.models.other, infos, self.dtype, device),
-        )
-
-    def _written(
-        self, name: str, base: torch.Tensor, other: torch.Tensor, parts: Weights
-    ) -> torch.Tensor:
-        """Return a merged weight as the writer will round it, back in float32."""
-        if not base.is_floating_point():
-            return base
-        parts = {part: value.to(base.device) for part, value in parts.items()}
-        dtype = dtype_from_name(self.out_dtypes[name])
-        return written(base, other, coefficient(parts), dtype).float()
-
-
-def _float32(weights: Weights) -> Weights:
-    return {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in weights.items()
-    }
-
-
-def _renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
-    return {names[name]: value for name, value in weights.items()}

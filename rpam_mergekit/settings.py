@@ -17,24 +17,26 @@ SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
 
 # What a preset changes; a parameter that the config names itself stays as named.
+# arXiv 2601.03506: prompts only, summed squared error, omega against that sum, one
+# coefficient per weight element from 0.5, embeddings and head at 0.5.
+_PAPER: dict[str, Any] = {
+    "granularity": "element",
+    "tokens": "prompt",
+    "prompt_weight": 1.0,
+    "long_share": 0.5,
+    "alignment": "sum",
+    "contrastive_weight": 1000.0,
+    "outside_weight": 0.5,
+    "regularization": 0.0,
+    "learning_rate": 0.01,
+    "epochs": 50,
+    "batch_size": 16,
+    "queries_per_pattern": 64,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # arXiv 2601.03506: prompts only, summed squared error, omega against that sum,
-    # one coefficient per weight element from 0.5, embeddings and head at 0.5.
-    "paper": {
-        "granularity": "element",
-        "tokens": "prompt",
-        "prompt_weight": 1.0,
-        "long_share": 0.5,
-        "alignment": "sum",
-        "contrastive_weight": 1000.0,
-        "outside_weight": 0.5,
-        "regularization": 0.0,
-        "learning_rate": 0.01,
-        "epochs": 50,
-        "batch_size": 16,
-        "queries_per_pattern": 64,
-    },
+    "paper": _PAPER,
+    "qa-merging": {**_PAPER, "layers": 0.3},
 }
 
 
@@ -55,10 +57,11 @@ class RpamSettings(BaseModel):
             "`calibration`, the file is used as it is."
         ),
     )
-    preset: Literal["default", "paper"] = Field(
+    preset: Literal["default", "paper", "qa-merging"] = Field(
         "default",
         description="Set of defaults: ours, or those of the paper (prompts only, "
-        "summed squared error, omega, one coefficient per element).",
+        "summed squared error, omega, one coefficient per element); `qa-merging` is "
+        "its second version, which optimises the most divergent 30 % of the layers.",
     )
     granularity: Literal["low_rank", "element", "row", "tensor", "module", "layer"] = (
         Field(
@@ -104,6 +107,14 @@ class RpamSettings(BaseModel):
     )
     outside_weight: float = Field(
         0.0, description="Coefficient of embeddings, final norm and head; 0 is base."
+    )
+    layers: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the decoder layers that is optimised: those in which "
+        "the two models' hidden states diverge most. The others keep "
+        "`initial_weight`.",
     )
     regularization: float = Field(
         0.0,

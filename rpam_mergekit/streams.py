@@ -89,6 +89,20 @@ def expert_distance(streams: Sequence[Stream]) -> float:
     return max(total, 1e-30)
 
 
+def divergence(streams: Sequence[Stream]) -> float:
+    """Return the experts' squared distance relative to their mean squared length.
+
+    0 where both have the same hidden states; weighed by the streams' `shares`.
+    """
+    apart = length = 0.0
+    for stream in streams:
+        apart += float(distance(stream.base, stream.other, stream.shares))
+        for expert in (stream.base, stream.other):
+            zero = torch.zeros_like(expert)
+            length += float(distance(expert, zero, stream.shares)) / 2
+    return apart / max(length, 1e-30)
+
+
 def gap(streams: Sequence[Stream], merged: Sequence[torch.Tensor]) -> float:
     """Return how far `merged` is from the positive experts, 1 being the negative ones.
 

@@ -87,7 +87,7 @@ def test_a_second_run_gives_the_same_bytes(pair, merged, tmp_path, mergekit_yaml
 def test_progress_and_a_table_are_shown(merged):
     messages = (merged / "stderr").read_text()
     assert "rpam pre-pass: 100%" in messages
-    assert "layer  gap before  gap after  mean coefficient" in messages
+    assert "layer  divergence  gap before  gap after  mean coefficient" in messages
 
 
 def test_the_output_keeps_the_users_config(merged):

@@ -180,3 +180,39 @@ def test_a_tied_head_is_left_to_the_embedding(tmp_path, tokenizer):
     save_pair(tmp_path, config, tokenizer)
     write_calibration(tmp_path / "calibration.jsonl")
     assert "lm_head.weight" not in build(tmp_path).run().entries
+
+
+def coefficients_of(solution, index):
+    return [
+        value
+        for name, parts in solution.entries.items()
+        if f".layers.{index}." in name
+        for value in parts.values()
+    ]
+
+
+def test_only_the_most_divergent_layers_are_optimised(pair):
+    whole = build(pair, granularity="element").run()
+    part = build(pair, granularity="element", layers=0.34).run()
+    divergences = [report.divergence for report in whole.layers]
+    assert all(divergence > 0 for divergence in divergences)
+    # Both experts run on their own streams: what is optimised does not change them.
+    assert [report.divergence for report in part.layers] == divergences
+    chosen = divergences.index(max(divergences))
+    for report in part.layers:
+        assert report.optimised == (report.layer == chosen)
+        kept = all((v == 0.5).all() for v in coefficients_of(part, report.layer))
+        assert kept != report.optimised
+    assert all(report.optimised for report in whole.layers)
+    assert not any((v == 0.5).all() for v in coefficients_of(whole, chosen))
+
+
+def test_the_first_optimised_layer_is_solved_as_ever(pair):
+    """The pass that measures divergence leaves the streams as they were."""
+    whole = build(pair, granularity="layer", solver="lbfgs").run()
+    part = build(pair, granularity="layer", solver="lbfgs", layers=0.99).run()
+    assert [r.optimised for r in part.layers] == [True, True, True]
+    assert part.layers == whole.layers
+    two = build(pair, granularity="layer", solver="lbfgs", layers=0.67).run()
+    assert sum(report.optimised for report in two.layers) == 2
+    assert two.layers[0].gap_before == whole.layers[0].gap_before

@@ -87,6 +87,12 @@ def test_the_paper_preset_is_as_published_and_can_be_overridden():
     assert settings.epochs == 100
 
 
+def test_qa_merging_is_the_paper_on_the_most_divergent_layers():
+    paper = parse_settings({"preset": "paper"}).model_dump(exclude={"preset"})
+    second = parse_settings({"preset": "qa-merging"}).model_dump(exclude={"preset"})
+    assert second == {**paper, "layers": 0.3}
+
+
 def test_presets_name_only_settings():
     for preset in PRESETS.values():
         assert preset.keys() <= RpamSettings.model_fields.keys()
