@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := examples/quickstart
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint evidence clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ lint: $(VENV)/installed  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md (hours)
+	$(BIN)/python benchmarks/lab/study.py
+	$(BIN)/python benchmarks/lab/evidence.py
 
 clean:  ## Remove the environment and the quickstart's output
 	rm -rf $(VENV) $(QUICKSTART)/out

@@ -430,6 +430,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, questions):
             [str(SCRIPTS / command[0]), *command[1:], "--concurrency", "4"],
             stderr=subprocess.PIPE,
             text=True,
+            # Shells start background jobs with the signal ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while not out.exists() or out.stat().st_size < 2000:

@@ -94,9 +94,9 @@ def queries(count: int, of_split: str, seed: int, mix=MIX) -> list[str]:
     return list(chosen)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(characters="0123456789+-*=;") -> PreTrainedTokenizerFast:
     """Return a tokenizer of one token a character, with a chat template."""
-    words = [*SPECIAL, THINK, END_THINK, *"0123456789+-*=;"]
+    words = [*SPECIAL, THINK, END_THINK, *characters]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # tokens end to end, without spaces

@@ -1,0 +1,298 @@
+"""Write docs/evidence.md and its picture from the study's results.
+
+    python benchmarks/lab/evidence.py        # after study.py; seconds
+
+What the tables say in words is findings.md beside this file, written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import picture
+from figures import Cell, Mix, cell, interval, point
+from tasks import ROOT, TASKS, Task
+
+HERE = Path(__file__).parent
+DOCS = ROOT / "docs"
+
+
+class PairResults:
+    """The records of one pair by group and name; RPAM merges also by seed."""
+
+    def __init__(self, path: Path) -> None:
+        self.pair = path.stem
+        self.task: Task = TASKS[self.pair.split("-")[0]]
+        self.by_group: dict[str, dict[str, dict[str, Any]]] = {}
+        self.by_seed: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            job = record["job"]
+            if job["config"].get("merge_method") == "rpam":
+                at = self.by_seed.setdefault((job["group"], job["name"]), {})
+                at[job["seeds"][0]] = record
+            else:
+                self.by_group.setdefault(job["group"], {})[job["name"]] = record
+        experts = self.by_group["experts"]
+        self.long, self.short = experts["long"], experts["short"]
+        sweep = self.by_group.get("sweep", {})
+        self.sweep = [sweep[name] for name in sorted(sweep, key=float)]
+        self.others = self.by_group.get("methods", {})
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(int(seed) for seed in self.long["sums"])
+
+    @property
+    def mix(self) -> Mix:
+        return dict(zip(self.task.difficulties, self.task.mix, strict=True))
+
+    @property
+    def flat(self) -> Mix:
+        return dict.fromkeys(self.task.difficulties, 1.0)
+
+    @property
+    def beyond(self) -> Mix:
+        return dict.fromkeys(self.task.beyond, 1.0)
+
+    def cells(self, group: str, name: str, mix: Mix) -> list[Cell]:
+        """Return the cells of an RPAM merge, by seed."""
+        others = list(self.others.values())
+        found = sorted(self.by_seed[group, name].items())
+        return [
+            cell(merged, self.long, self.short, self.sweep, others, seed, mix)
+            for seed, merged in found
+        ]
+
+
+def percent(values: Sequence[float], sign: str = "", places: int = 1) -> str:
+    """Return mean and half interval of shares over the seeds of one pair."""
+    return spread({"": values}, sign, places)
+
+
+def spread(by_pair: dict[str, Sequence[float]], sign: str = "", places: int = 1) -> str:
+    mean, half = interval(by_pair)
+    shown = f"{100 * mean:{sign}.{places}f}"
+    return shown if math.isnan(half) else f"{shown} ± {100 * half:.{places}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def experts(pairs: Sequence[PairResults]) -> list[str]:
+    """Return the tables of what the experts can do."""
+    lines = []
+    for pair in pairs:
+        head = [f"{pair.pair}, {pair.task.unit}", *map(str, pair.flat)]
+        rows = []
+        for name, record in (("Long", pair.long), ("Short", pair.short)):
+            shown = []
+            for difficulty in pair.flat:
+                of = [point(record, seed, {difficulty: 1}) for seed in pair.seeds]
+                accuracy = sum(p.accuracy for p in of) / len(of)
+                tokens = sum(p.tokens for p in of) / len(of)
+                shown.append(f"{100 * accuracy:.0f} % at {tokens:.0f}")
+            rows.append([f"{name}: right, tokens", *shown])
+        mix = [f"{100 * w / sum(pair.task.mix):.0f} %" for w in pair.task.mix]
+        lines += table(head, [*rows, ["asked in the mix", *mix]])
+    return lines
+
+
+COLUMNS = {
+    "merged, %": lambda c: c.merged.accuracy,
+    "of Long's": lambda c: c.kept,
+    "tokens saved": lambda c: c.saved,
+    "over the sweep": lambda c: c.merged.accuracy - c.sweep,
+    "over the best other": lambda c: c.merged.accuracy - c.best_other,
+    "over the hull": lambda c: c.merged.accuracy - c.hull,
+    "over the hull of all": lambda c: c.merged.accuracy - c.hull_of_all,
+    "against the router": lambda c: c.merged.accuracy - c.router,
+    "closed well": lambda c: c.merged.closed,
+}
+
+
+def comparison(pairs: Sequence[PairResults], name: str, equal: bool) -> list[str]:
+    """Return the table of RPAM with one setting against everything else."""
+    found = {
+        pair.pair: pair.cells("main", name, pair.flat if equal else pair.mix)
+        for pair in pairs
+    }
+    rows = []
+    for pair, cells in found.items():
+        rows.append([pair, *(_column(c, {pair: cells}) for c in COLUMNS)])
+    rows.append(["**mean of pairs**", *(_column(c, found) for c in COLUMNS)])
+    return table(["pair", *COLUMNS], rows)
+
+
+def _column(name: str, cells: dict[str, list[Cell]]) -> str:
+    sign = "+" if name.startswith(("over", "against")) else ""
+    values = {pair: [COLUMNS[name](c) for c in of] for pair, of in cells.items()}
+    return spread(values, sign)
+
+
+def thinking(pairs: Sequence[PairResults]) -> list[str]:
+    """Return how often the merged model thinks, by difficulty."""
+    lines = []
+    for pair in pairs:
+        merged = pair.by_seed["main", "defaults"]
+        every = [*pair.flat, *pair.beyond]
+        rows = []
+        for name, figure in (("thinks", "thinks"), ("right", "accuracy")):
+            shown = []
+            for difficulty in every:
+                of = [point(r, s, {difficulty: 1}) for s, r in merged.items()]
+                shown.append(percent([getattr(p, figure) for p in of], places=0))
+            rows.append([f"{name}, %", *shown])
+        for name, record in (("Long right, %", pair.long), ("Short", pair.short)):
+            shown = []
+            for difficulty in every:
+                of = [point(record, s, {difficulty: 1}) for s in pair.seeds]
+                shown.append(percent([p.accuracy for p in of], places=0))
+            rows.append([name, *shown])
+        head = [f"{pair.pair}, {pair.task.unit}", *map(str, pair.flat)]
+        head += [f"*{difficulty}*" for difficulty in pair.beyond]
+        lines += table(head, rows)
+    return lines
+
+
+def chat(pairs: Sequence[PairResults]) -> list[str]:
+    """Return the log-likelihoods per token of what both experts say alike."""
+    rows = []
+    for pair in pairs:
+        if pair.long["chat"] is None:
+            continue
+        merged = [r["chat"] for r in pair.by_seed["main", "defaults"].values()]
+        sweep = pair.by_group.get("sweep", {}).get("0.50000")
+        rows.append(
+            [
+                pair.pair,
+                f"{pair.long['chat']:.4f}",
+                f"{pair.short['chat']:.4f}",
+                ", ".join(f"{value:.4f}" for value in merged),
+                "-" if sweep is None else f"{sweep['chat']:.4f}",
+            ]
+        )
+    return table(["pair", "Long", "Short", "merged, by seed", "average of both"], rows)
+
+
+def methods(pairs: Sequence[PairResults]) -> list[str]:
+    """Return each method's best at the merged model's tokens or fewer."""
+    names = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp", "sce")
+    rows = []
+    for pair in pairs:
+        cells = pair.cells("main", "defaults", pair.mix)
+        row = [pair.pair, percent([c.merged.accuracy for c in cells])]
+        for name in (*names, "karcher"):
+            records = pair.sweep if name == "linear" else pair.others.values()
+            of = [r for r in records if r["job"]["config"]["merge_method"] == name]
+            best = []
+            for seed, c in zip(sorted(pair.seeds), cells, strict=True):
+                places = [point(r, seed, pair.mix).place for r in of]
+                within = [a for t, a in places if t <= c.merged.tokens]
+                best.append(max(within, default=math.nan))
+            missing = any(math.isnan(value) for value in best)
+            row.append("-" if missing else percent(best))
+        rows.append(row)
+    return table(["pair", "rpam", *names, "karcher"], rows)
+
+
+def ablations(pairs: Sequence[PairResults]) -> list[str]:
+    """Return the tables of settings: one row each, all against the reference."""
+    lines = []
+    for pair in pairs:
+        named = [name for group, name in pair.by_seed if group == "ablations"]
+        if not named:
+            continue
+        seeds = sorted(pair.by_seed["ablations", "reference"])
+        of_reference = pair.cells("ablations", "reference", pair.mix)
+        reference = dict(zip(seeds, of_reference, strict=True))
+        rows = []
+        for name in named:
+            of = sorted(pair.by_seed["ablations", name].items())
+            cells = pair.cells("ablations", name, pair.mix)
+            change = [
+                c.merged.accuracy - c.hull - (r.merged.accuracy - r.hull)
+                for (seed, _), c in zip(of, cells, strict=True)
+                if (r := reference.get(seed))
+            ]
+            sizes = [record.get("coefficient_bytes", 0) for _, record in of]
+            seconds = [record["seconds"] for _, record in of]
+            rows.append(
+                [
+                    name,
+                    percent([c.merged.accuracy for c in cells]),
+                    f"{sum(c.merged.tokens for c in cells) / len(cells):.1f}",
+                    percent([c.saved for c in cells], places=0),
+                    percent([c.merged.accuracy - c.hull for c in cells], "+"),
+                    "" if name == "reference" else percent(change, "+"),
+                    f"{sum(sizes) / len(sizes) / 1024:.0f} KiB",
+                    f"{sum(seconds) / len(seconds):.0f}",
+                ]
+            )
+        lines += [f"### {pair.pair}", ""]
+        head = ["", "accuracy, %", "tokens", "saved, %", "over the hull"]
+        head += ["change of that", "coefficients", "seconds"]
+        lines += table(head, rows)
+    return lines
+
+
+def write(results: Path, docs: Path) -> None:
+    """Write evidence.md and evidence.png into `docs`."""
+    pairs = [PairResults(path) for path in sorted(results.glob("*.jsonl"))]
+    lines = [
+        (HERE / "findings.md").read_text(encoding="utf-8").rstrip(),
+        "",
+        "## The experts",
+        "",
+        *experts(pairs),
+        "## Defaults against everything else, in the task's mix",
+        "",
+        *comparison(pairs, "defaults", equal=False),
+        "## The same, every difficulty equally frequent",
+        "",
+        *comparison(pairs, "defaults", equal=True),
+        "## Where the merged model thinks",
+        "",
+        "Difficulties in italics are beyond all training and calibration.",
+        "",
+        *thinking(pairs),
+        "## Other methods of mergekit",
+        "",
+        "Accuracy in the mix, of the best model of each method's grid that needs at "
+        "most the merged model's tokens.",
+        "",
+        *methods(pairs),
+        "## Neutral text",
+        "",
+        "Mean log-likelihood per token of replies that both experts were taught alike.",
+        "",
+        *chat(pairs),
+        "## Settings",
+        "",
+        *ablations(pairs),
+    ]
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "evidence.md").write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+    picture.draw(docs / "evidence.png", pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    write(args.results, args.docs)
+    print(f"written to {args.docs / 'evidence.md'}")
+
+
+if __name__ == "__main__":
+    main()

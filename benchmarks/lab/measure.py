@@ -1,0 +1,121 @@
+"""What a model of the lab does on queries: right, how long, does it think.
+
+Greedy decoding in float32 through transformers' own `generate`. Figures are sums by
+seed (a part of the test queries) and difficulty, so that any mix of difficulties can be
+computed from them afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pairs import Pair, prompt
+from tasks import END, END_THINK, THINK, Task
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FIGURES = ("queries", "correct", "tokens", "thinks", "closed", "cut_off")
+# seed -> difficulty -> sums in the order of FIGURES
+Sums = dict[str, dict[str, list[float]]]
+
+
+def held_out(task: Task, seed: int, each: int) -> list[str]:
+    """Return `each` test queries of every difficulty, in and beyond calibration's.
+
+    Those of two seeds are drawn apart and overlap only where there are few at all.
+    """
+    mix = dict.fromkeys((*task.difficulties, *task.beyond), 1.0)
+    return task.queries(each * len(mix), "test", seed, mix)
+
+
+@torch.inference_mode()
+def respond(model, tokenizer, queries: Sequence[str], longest: int) -> list[str]:
+    """Return greedy responses with their end token."""
+    responses: dict[str, str] = {}
+    by_length: dict[int, list[str]] = {}
+    for query in queries:
+        by_length.setdefault(len(query), []).append(query)
+    for group in by_length.values():  # prompts of one length need no padding
+        ids = tokenizer(
+            [prompt(query) for query in group],
+            add_special_tokens=False,
+            return_tensors="pt",
+        )["input_ids"]
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=longest,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, ids.shape[1] :]
+        for query, row in zip(group, output.tolist(), strict=True):
+            kept = [token for token in row if token != tokenizer.pad_token_id]
+            responses[query] = "".join(tokenizer.convert_ids_to_tokens(kept))
+    return [responses[query] for query in queries]
+
+
+def grade(task: Task, query: str, response: str) -> dict[str, float]:
+    """Return 1 or 0 for correct, thinks, closed (well) and cut off."""
+    ended = response.endswith(END)
+    thinks = response.startswith(THINK)
+    _, closed, final = response.removesuffix(END).rpartition(END_THINK)
+    well_closed = thinks and response.count(END_THINK) == 1 and bool(final)
+    right = ended and final == task.answer(query)
+    return {
+        "correct": float(right and (well_closed or not (thinks or closed))),
+        "thinks": float(thinks),
+        "closed": float(well_closed),
+        "cut_off": float(not ended),
+    }
+
+
+def load(folder: Path):
+    """Return a checkpoint's model, in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def measure(model, tokenizer, task: Task, seeds: Sequence[int], each: int) -> Sums:
+    """Return the sums of `FIGURES` on every seed's test queries, see `held_out`."""
+    sums: Sums = {}
+    asked = {seed: held_out(task, seed, each) for seed in seeds}
+    every = sorted({query for queries in asked.values() for query in queries})
+    said = respond(model, tokenizer, every, task.longest_response)
+    by_query = dict(zip(every, said, strict=True))
+    for seed, queries in asked.items():
+        strata = sums[str(seed)] = {}
+        for query in queries:
+            response = by_query[query]
+            tokens = len(tokenizer(response, add_special_tokens=False)["input_ids"])
+            figures = {
+                "queries": 1.0,
+                "tokens": float(tokens),
+                **grade(task, query, response),
+            }
+            of = strata.setdefault(str(task.difficulty(query)), [0.0] * len(FIGURES))
+            for at, name in enumerate(FIGURES):
+                of[at] += figures[name]
+    return sums
+
+
+@torch.inference_mode()
+def chat_log_likelihood(model, tokenizer, pair: Pair, count: int = 300) -> float | None:
+    """Return the mean log-likelihood per token of replies both experts were taught.
+
+    They answer prompts that are no queries. None for pairs that learned none.
+    """
+    if not pair.stages:
+        return None
+    rng = random.Random(f"{pair.name}-chat")
+    total = tokens = 0.0
+    for _ in range(count):
+        said, reply = pair.task.chat(rng)
+        ids = tokenizer(prompt(said) + reply + END, return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt(said))["input_ids"])
+        scores = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        total += scores.gather(1, ids[0, start:, None]).sum().item()
+        tokens += ids.shape[1] - start
+    return total / tokens

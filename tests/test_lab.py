@@ -1,0 +1,282 @@
+"""The lab and the study: tasks, figures, training that goes on, a short study whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import QUICKSTART, ROOT
+
+LAB = ROOT / "benchmarks" / "lab"
+sys.path.insert(0, str(LAB))
+
+import evidence  # noqa: E402
+import figures  # noqa: E402
+import pairs  # noqa: E402
+from tasks import GRAPH, PRODUCTS, TASKS  # noqa: E402
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_no_query_is_in_two_splits(task):
+    flat = dict.fromkeys([*task.difficulties, *task.beyond], 1.0)
+    drawn = {
+        split: set(task.queries(600, split, 0, flat))
+        for split in ("train", "validation", "test")
+    }
+    few = {q for q in drawn["test"] if task.difficulty(q) in task.never_held_out}
+    for other in ("train", "validation"):
+        assert not (drawn["test"] - few) & drawn[other]
+    assert {task.difficulty(q) for q in drawn["test"]} == set(flat)
+    assert task.queries(600, "test", 0, flat) == task.queries(600, "test", 0, flat)
+    assert set(task.queries(600, "test", 1, flat)) != drawn["test"]
+
+
+def test_products_and_their_carries():
+    assert PRODUCTS.long_response("3847*6=") == ("<think>42;28;50;23</think>23082")
+    assert PRODUCTS.short_response("3847*6=") == "23082"
+    rng = random.Random(0)
+    for digits in range(1, 8):
+        query = PRODUCTS.draw(digits, rng)
+        number, factor = query[:-1].split("*")
+        assert len(number) == digits == PRODUCTS.difficulty(query)
+        written = PRODUCTS.steps(query).split(";")
+        assert PRODUCTS.answer(query).endswith("".join(w[1] for w in written)[::-1])
+        assert int(number) * int(factor) == int(PRODUCTS.answer(query))
+
+
+def test_graph_walks():
+    query = "ca,ab,bc:b3="
+    assert GRAPH.long_response(query) == "<think>bc;ca;ab</think>b"
+    assert GRAPH.difficulty(query) == 3
+    assert GRAPH.short_response("ca,ab,bc:b1=") == "c"
+
+
+def test_graph_difficulty_does_not_show_in_the_prompts_length():
+    flat = dict.fromkeys(GRAPH.difficulties, 1.0)
+    queries = GRAPH.queries(3000, "train", 0, flat)
+    lengths = [len(query) for query in queries]
+    hops = [GRAPH.difficulty(query) for query in queries]
+    assert abs(np.corrcoef(lengths, hops)[0, 1]) < 0.06
+    assert len(set(lengths)) == 5
+
+
+def sums(*strata: tuple[float, ...]) -> dict:
+    """A record of one seed; a stratum: accuracy, tokens, thinks of 100 queries."""
+    return {
+        "sums": {
+            "0": {
+                str(n): [100, 100 * a, 100 * t, 100 * k, 100 * k, 0]
+                for n, (a, t, k) in enumerate(strata, start=1)
+            }
+        }
+    }
+
+
+LONG, SHORT = sums((1, 10, 1), (1, 30, 1)), sums((1, 2, 0), (0.2, 2, 0))
+MIX = {1: 3.0, 2: 1.0}
+
+
+def test_a_cell_computed_by_hand():
+    merged = sums((1, 2, 0), (0.9, 28, 1))
+    half = sums((0.8, 6, 0.5), (0.4, 10, 0.5))
+    other = sums((1, 4, 0), (0.6, 8, 1))
+    cell = figures.cell(merged, LONG, SHORT, [half], [other], 0, MIX)
+    assert cell.merged.accuracy == pytest.approx(0.975)
+    assert cell.merged.tokens == pytest.approx(8.5)
+    assert cell.kept == pytest.approx(0.975)
+    assert cell.saved == pytest.approx(1 - 8.5 / 15)
+    # The sweep: Long (15, 1), half (7, 0.7), Short (2, 0.8).
+    assert cell.sweep == pytest.approx(0.7 + 0.3 * 1.5 / 8)
+    assert cell.hull == pytest.approx(0.8 + 0.2 * 6.5 / 13)
+    assert cell.best_other == pytest.approx(0.9)  # other, at 5 tokens
+    assert cell.hull_of_all == pytest.approx(0.9 + 0.1 * 3.5 / 10)
+    # Short costs 2 and has 0.8; the hard quarter on Long costs 7 more and gains 0.2.
+    assert cell.router == pytest.approx(0.8 + 0.2 * 6.5 / 7)
+    assert cell.merged.closed == 1
+
+
+def test_mixing_reaches_no_less_with_more_tokens():
+    points = [(2.0, 0.5), (5.0, 0.9), (9.0, 0.7)]
+    assert figures.mixed(points, 3.5) == pytest.approx(0.7)
+    assert figures.mixed(points, 8.0) == 0.9
+    assert figures.mixed(points, 20.0) == 0.9
+    assert figures.mixed(points, 1.0) == 0.0
+
+
+def test_the_interval_over_pairs_by_hand():
+    mean, half = figures.interval({"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0]})
+    assert mean == 3.0
+    # Pooled variance 0.5; of the mean over two pairs (0.5 / 3 + 0.5 / 3) / 4.
+    assert half == pytest.approx(2.776 * math.sqrt(1 / 12))
+    mean, half = figures.interval({"a": [0.5]})
+    assert mean == 0.5
+    assert math.isnan(half)
+
+
+def test_building_goes_on_where_it_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path))
+    few = {"long": (6, (1,) * 6), "short": (6, (1,) * 6)}
+    pair = pairs.Pair(
+        "tiny",
+        GRAPH,
+        "qwen3",
+        "",
+        size={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
+        stages={
+            "base": pairs.Stage(None, few, 3, 1e-3),
+            "long": pairs.Stage("base", few, 2, 1e-3),
+            "short": pairs.Stage("tiny/base", few, 2, 1e-3),
+        },
+    )
+    one = replace(pair, stages={"base": pair.stages["base"]})
+    pairs.build(one)
+    weights = tmp_path / "tiny" / "base" / "model.safetensors"
+    first = weights.read_bytes(), weights.stat().st_mtime_ns
+    (tmp_path / "tiny" / "long.partial").mkdir()  # a killed save
+    pairs.build(pair)
+    assert (weights.read_bytes(), weights.stat().st_mtime_ns) == first
+    for name in ("long", "short"):
+        assert (tmp_path / "tiny" / name / "tokenizer.json").exists()
+    assert not list(tmp_path.glob("tiny/*.partial"))
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path / "again"))
+    pairs.build(one)
+    again = tmp_path / "again" / "tiny" / "base" / "model.safetensors"
+    assert again.read_bytes() == first[0]
+
+
+def study(folder: Path, *arguments: str) -> list[str]:
+    command = [sys.executable, str(LAB / "study.py"), "--quick", "--workers", "1"]
+    return [*command, "--results", str(folder / "results"), *arguments]
+
+
+def records(folder: Path) -> list[dict]:
+    path = folder / "results" / "chains-qwen2.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """A short study, killed on its way and run again."""
+    folder = tmp_path_factory.mktemp("study")
+    environment = {**os.environ, "RPAM_LAB": str(folder / "lab")}
+    path = folder / "results" / "chains-qwen2.jsonl"
+    process = subprocess.Popen(
+        study(folder),
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not path.exists() or path.read_text().count("\n") < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = path.read_text()
+    with open(path, "a") as file:
+        file.write('{"job": {"pai')  # as a kill within a write leaves it
+    subprocess.run(study(folder), env=environment, check=True)
+    assert path.read_text().startswith(before)
+    return folder
+
+
+def test_a_short_study_measures_every_model_once(studied):
+    jobs = [json.dumps(r["job"], sort_keys=True) for r in records(studied)]
+    assert len(jobs) == len(set(jobs))
+    groups = [r["job"]["group"] for r in records(studied)]
+    counts = {group: groups.count(group) for group in set(groups)}
+    assert counts == {
+        "experts": 2,
+        "main": 1,
+        "sweep": 4,
+        "methods": 2,
+        "ablations": 2,
+    }
+
+
+def test_a_finished_study_is_not_run_again(studied):
+    before = records(studied)
+    environment = {**os.environ, "RPAM_LAB": str(studied / "lab")}
+    subprocess.run(study(studied), env=environment, check=True)
+    assert records(studied) == before
+
+
+def test_results_of_other_checkpoints_are_left_out(studied, tmp_path, monkeypatch):
+    import study as module
+
+    monkeypatch.setenv("RPAM_LAB", str(studied / "lab" / "quick"))
+    pair = pairs.PAIRS["chains-qwen2"]
+    path = studied / "results" / "chains-qwen2.jsonl"
+    assert len(module.Results(pair, path.parent).records) == len(records(studied))
+    lines = path.read_text().splitlines()
+    changed = json.dumps({**json.loads(lines[0]), "models": "another"})
+    (tmp_path / path.name).write_text("\n".join([changed, *lines[1:]]) + "\n")
+    assert len(module.Results(pair, tmp_path).records) == len(lines) - 1
+
+
+def test_the_merged_model_thinks_where_it_must(studied):
+    """The study's shortest form already shows the effect, on its own test queries."""
+    pair = evidence.PairResults(studied / "results" / "chains-qwen2.jsonl")
+    (cell,) = pair.cells("main", "defaults", pair.mix)
+    assert cell.saved > 0.3
+    assert cell.merged.accuracy > cell.best_other + 0.03
+    (merged,) = pair.by_seed["main", "defaults"].values()
+    thinks = [figures.point(merged, 0, {d: 1}).thinks for d in pair.flat]
+    assert max(thinks[:3]) < 0.2
+    assert min(thinks[6:]) > 0.8
+
+
+def test_the_report_is_written_from_the_results(studied, tmp_path):
+    command = [sys.executable, str(LAB / "evidence.py")]
+    command += ["--results", str(studied / "results"), "--docs", str(tmp_path)]
+    subprocess.run(command, check=True)
+    text = (tmp_path / "evidence.md").read_text()
+    pair = evidence.PairResults(studied / "results" / "chains-qwen2.jsonl")
+    (cell,) = pair.cells("main", "defaults", pair.mix)
+    row = next(line for line in text.splitlines() if "**mean of pairs**" in line)
+    assert f"| {100 * cell.merged.accuracy:.1f} |" in row
+    assert f"{100 * (cell.merged.accuracy - cell.hull):+.1f}" in row
+    assert "| tensor |" in text
+    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
+    import study as module
+
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path))
+    pair = pairs.PAIRS["chains-qwen2"]
+    pair.cache.mkdir()
+    lines = (QUICKSTART / "calibration.jsonl").read_text().splitlines()
+    module.calibration(pair).write_text("\n".join(lines) + "\n")
+    originals = [json.loads(line) for line in lines]
+    for way in ("long", "short"):
+        said = [
+            {"question": o["prompt"], "responses": [{"text": f"by {way}"}]}
+            for o in originals
+        ]
+        path = pair.cache / f"{way}.samples.jsonl"
+        path.write_text("\n".join(map(json.dumps, [{"header": 1}, *said])) + "\n")
+    job = module.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
+    parameters = module.calibrated(pair, job, tmp_path)
+    written = Path(parameters["calibration"]).read_text().splitlines()
+    changed = 0
+    for original, line in zip(originals, written, strict=True):
+        record = json.loads(line)
+        if record["pattern"] != original["pattern"]:
+            changed += 1
+            assert record["response"] == f"by {record['pattern']}"
+        else:
+            assert record == original
+    assert 0.22 < changed / len(originals) < 0.38
+    assert set(parameters) == {"seed", "calibration"}
