@@ -125,13 +125,13 @@ class RpamSettings(BaseModel):
         "adam",
         description="Adam, or L-BFGS (granularities layer, module and tensor only).",
     )
-    learning_rate: float = Field(0.03, gt=0, description="Adam's learning rate.")
+    learning_rate: float = Field(0.05, gt=0, description="Adam's learning rate.")
     epochs: int = Field(
-        30, ge=1, description="Passes over the calibration set per layer."
+        15, ge=1, description="Passes over the calibration set per layer."
     )
-    batch_size: int = Field(32, ge=1, description="Queries per batch.")
+    batch_size: int = Field(16, ge=1, description="Queries per batch.")
     queries_per_pattern: int = Field(
-        256, ge=1, description="Calibration queries drawn for each pattern."
+        512, ge=1, description="Calibration queries drawn for each pattern."
     )
     max_tokens: int = Field(
         2048,

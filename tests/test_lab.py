@@ -113,6 +113,12 @@ def test_mixing_reaches_no_less_with_more_tokens():
     assert figures.mixed(points, 1.0) == 0.0
 
 
+def test_over_chance_by_hand():
+    merged = sums((1, 2, 0), (0.9, 28, 1))  # 8.5 tokens, half of the way to Long's 15
+    expected = 0.975 - 0.8 - 0.2 * 6.5 / 13
+    assert figures.over_chance(merged, LONG, SHORT, 0, MIX) == pytest.approx(expected)
+
+
 def test_the_interval_over_pairs_by_hand():
     mean, half = figures.interval({"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0]})
     assert mean == 3.0
@@ -201,6 +207,7 @@ def test_a_short_study_measures_every_model_once(studied):
         "main": 1,
         "sweep": 4,
         "methods": 2,
+        "validation": 2,
         "ablations": 2,
     }
 
@@ -231,8 +238,8 @@ def test_the_merged_model_thinks_where_it_must(studied):
     (cell,) = pair.cells("main", "defaults", pair.mix)
     assert cell.saved > 0.3
     assert cell.merged.accuracy > cell.best_other + 0.03
-    (merged,) = pair.by_seed["main", "defaults"].values()
-    thinks = [figures.point(merged, 0, {d: 1}).thinks for d in pair.flat]
+    ((seed, merged),) = pair.by_seed["main", "defaults"].items()
+    thinks = [figures.point(merged, seed, {d: 1}).thinks for d in pair.flat]
     assert max(thinks[:3]) < 0.2
     assert min(thinks[6:]) > 0.8
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import picture
-from figures import Cell, Mix, cell, interval, point
+from figures import Cell, Mix, cell, interval, over_chance, point
 from tasks import ROOT, TASKS, Task
 
 HERE = Path(__file__).parent
@@ -207,40 +207,51 @@ def ablations(pairs: Sequence[PairResults]) -> list[str]:
     """Return the tables of settings: one row each, all against the reference."""
     lines = []
     for pair in pairs:
-        named = [name for group, name in pair.by_seed if group == "ablations"]
-        if not named:
+        if "validation" not in pair.by_group:
             continue
-        seeds = sorted(pair.by_seed["ablations", "reference"])
-        of_reference = pair.cells("ablations", "reference", pair.mix)
-        reference = dict(zip(seeds, of_reference, strict=True))
         rows = []
-        for name in named:
-            of = sorted(pair.by_seed["ablations", name].items())
-            cells = pair.cells("ablations", name, pair.mix)
-            change = [
-                c.merged.accuracy - c.hull - (r.merged.accuracy - r.hull)
-                for (seed, _), c in zip(of, cells, strict=True)
-                if (r := reference.get(seed))
-            ]
-            sizes = [record.get("coefficient_bytes", 0) for _, record in of]
-            seconds = [record["seconds"] for _, record in of]
-            rows.append(
-                [
-                    name,
-                    percent([c.merged.accuracy for c in cells]),
-                    f"{sum(c.merged.tokens for c in cells) / len(cells):.1f}",
-                    percent([c.saved for c in cells], places=0),
-                    percent([c.merged.accuracy - c.hull for c in cells], "+"),
-                    "" if name == "reference" else percent(change, "+"),
-                    f"{sum(sizes) / len(sizes) / 1024:.0f} KiB",
-                    f"{sum(seconds) / len(seconds):.0f}",
-                ]
-            )
-        lines += [f"### {pair.pair}", ""]
-        head = ["", "accuracy, %", "tokens", "saved, %", "over the hull"]
-        head += ["change of that", "coefficients", "seconds"]
+        for group, name in pair.by_seed:
+            if group == "ablations":
+                rows.append(_ablation(pair, name))
+        head = [pair.pair, "accuracy, %", "tokens", "change of accuracy"]
+        head += ["over chance", "change of that", "coefficients", "seconds"]
         lines += table(head, rows)
     return lines
+
+
+def _ablation(pair: PairResults, name: str) -> list[str]:
+    experts = [pair.by_group["validation"][way] for way in ("long", "short")]
+    records = sorted(pair.by_seed["ablations", name].items())
+    reference = pair.by_seed["ablations", "reference"]
+    points = [point(record, seed, pair.mix) for seed, record in records]
+
+    def over(of: dict[int, dict[str, Any]], seed: int) -> float:
+        return over_chance(of[seed], *experts, seed, pair.mix)
+
+    seeds = [seed for seed, _ in records]
+    accuracy = [p.accuracy for p in points]
+    gained = [over(dict(records), seed) for seed in seeds]
+    changes = ["", ""]
+    if name != "reference" and set(seeds) <= set(reference):
+        before = [point(reference[seed], seed, pair.mix).accuracy for seed in seeds]
+        pairs = zip(accuracy, before, strict=True)
+        changes[0] = percent([a - b for a, b in pairs], "+")
+        changes[1] = percent(
+            [g - over(reference, seed) for g, seed in zip(gained, seeds, strict=True)],
+            "+",
+        )
+    sizes = [record.get("coefficient_bytes", 0) / 1024 for _, record in records]
+    seconds = [record["seconds"] for _, record in records]
+    return [
+        name,
+        percent(accuracy),
+        f"{sum(p.tokens for p in points) / len(points):.1f}",
+        changes[0],
+        percent(gained, "+"),
+        changes[1],
+        f"{sum(sizes) / len(sizes):.0f} KiB",
+        f"{sum(seconds) / len(seconds):.0f}",
+    ]
 
 
 def write(results: Path, docs: Path) -> None:

@@ -138,6 +138,16 @@ def mixed(points: Sequence[tuple[float, float]], tokens: float) -> float:
     return max([*within, *([] if math.isnan(between) else [between])], default=0.0)
 
 
+def over_chance(merged: Mapping, long: Mapping, short: Mapping, seed, mix) -> float:
+    """Return accuracy less that of sending as many queries to Long at random.
+
+    As many as cost the same mean tokens; outside the experts' tokens the line goes on.
+    """
+    m, a, b = (point(model, seed, mix) for model in (merged, long, short))
+    share = (m.tokens - b.tokens) / (a.tokens - b.tokens)
+    return m.accuracy - b.accuracy - share * (a.accuracy - b.accuracy)
+
+
 def interval(by_pair: Mapping[str, Sequence[float]]) -> tuple[float, float]:
     """Return the mean over pairs and half of its 95 % interval (nan for one seed)."""
     means = [float(np.mean(values)) for values in by_pair.values()]

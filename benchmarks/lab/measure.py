@@ -8,7 +8,7 @@ computed from them afterwards.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ FIGURES = ("queries", "correct", "tokens", "thinks", "closed", "cut_off")
 Sums = dict[str, dict[str, list[float]]]
 
 
-def held_out(task: Task, seed: int, each: int) -> list[str]:
-    """Return `each` test queries of every difficulty, in and beyond calibration's.
+def held_out(task: Task, seed: int, each: int, split: str) -> list[str]:
+    """Return `each` queries of every difficulty, in and beyond calibration's.
 
     Those of two seeds are drawn apart and overlap only where there are few at all.
     """
     mix = dict.fromkeys((*task.difficulties, *task.beyond), 1.0)
-    return task.queries(each * len(mix), "test", seed, mix)
+    return task.queries(each * len(mix), split, seed, mix)
 
 
 @torch.inference_mode()
@@ -78,10 +78,9 @@ def load(folder: Path):
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def measure(model, tokenizer, task: Task, seeds: Sequence[int], each: int) -> Sums:
-    """Return the sums of `FIGURES` on every seed's test queries, see `held_out`."""
+def measure(model, tokenizer, task: Task, asked: Mapping[int, Sequence[str]]) -> Sums:
+    """Return the sums of `FIGURES` on the queries that are `asked`, by seed."""
     sums: Sums = {}
-    asked = {seed: held_out(task, seed, each) for seed in seeds}
     every = sorted({query for queries in asked.values() for query in queries})
     said = respond(model, tokenizer, every, task.longest_response)
     by_query = dict(zip(every, said, strict=True))

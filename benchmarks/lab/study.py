@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 GROUPS = ("main", "sweep", "methods", "ablations")
 RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2)
+SEEDS = (2, 3, 4)  # 0 and 1 were looked at while the defaults were sought
 COARSE, SMALLEST_STEP = 1 / 20, 1 / 160
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of Short
 # Granularity and the like are compared on a smaller calibration set, for time.
-REFERENCE = {"queries_per_pattern": 128, "epochs": 20}
+REFERENCE = {"queries_per_pattern": 128}
 ABLATED = ("chains-qwen2", "graph-qwen3")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reference": {},
@@ -66,10 +66,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "layers 0.3": {"layers": 0.3},
     "layers 0.6": {"layers": 0.6},
     "epochs 5": {"epochs": 5},
-    "epochs 10": {"epochs": 10},
-    "epochs 60": {"epochs": 60},
-    "learning rate 0.01": {"learning_rate": 0.01},
+    "epochs 30": {"epochs": 30},
+    "learning rate 0.02": {"learning_rate": 0.02},
     "learning rate 0.1": {"learning_rate": 0.1},
+    "batches of 32": {"batch_size": 32},
+    "batches of 64": {"batch_size": 64},
     "regularization 0.1": {"regularization": 0.1},
     "regularization 1": {"regularization": 1.0},
     "regularization 1 to Long": {"regularization": 1.0, "initial_weight": 0.0},
@@ -94,7 +95,7 @@ class Job:
 
     config: what of a mergekit config is not the models' paths; empty for an expert.
     seeds: whose test queries it answers; of an RPAM merge also its own seed.
-    queries: how many of each difficulty and seed.
+    queries: how many of each difficulty and seed, of which split.
     """
 
     pair: str
@@ -103,6 +104,7 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
     queries: int = 100
+    split: str = "test"
 
     @property
     def key(self) -> str:
@@ -183,7 +185,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Make one model and measure it; return its record."""
     import torch
     import transformers
-    from measure import chat_log_likelihood, load, measure
+    from measure import chat_log_likelihood, held_out, load, measure
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -205,7 +207,11 @@ def run_job(job: Job) -> dict[str, Any]:
         else:
             folder = pair.path / job.name
         model, tokenizer = load(folder)
-        record["sums"] = measure(model, tokenizer, pair.task, job.seeds, job.queries)
+        asked = {
+            seed: held_out(pair.task, seed, job.queries, job.split)
+            for seed in job.seeds
+        }
+        record["sums"] = measure(model, tokenizer, pair.task, asked)
         record["chat"] = chat_log_likelihood(model, tokenizer, pair)
     return record
 
@@ -300,22 +306,26 @@ def jobs(pair: Pair, group: str) -> Iterator[Job]:
             yield interpolation(pair, step * COARSE)
     elif group == "methods":
         yield from other_methods(pair)
-    elif pair.name in ABLATED:
+    elif pair.name in ABLATED:  # settings are chosen on queries of their own
+        yield Job(pair.name, "validation", "long", split="validation")
+        yield Job(pair.name, "validation", "short", split="validation")
         for name, parameters in ABLATIONS.items():
             for seed in SEEDS:
-                yield rpam(pair, "ablations", name, seed, **REFERENCE | parameters)
+                job = rpam(pair, "ablations", name, seed, **REFERENCE | parameters)
+                yield replace(job, split="validation")
 
 
 def shortened(job: Job) -> Job | None:
     """Return the job as a quick run does it: one seed, fewer queries; None if not."""
     config = dict(job.config)
     if config.get("merge_method") == "rpam":
-        if job.seeds != (0,) or (job.group == "ablations" and job.name not in QUICK):
+        asked_for = job.group == "main" or job.name in QUICK
+        if job.seeds != SEEDS[:1] or not asked_for:
             return None
         config["parameters"] = {**config["parameters"], **QUICK_PARAMETERS}
     elif job.group in ("sweep", "methods") and job.name not in QUICK:
         return None
-    return replace(job, config=config, seeds=(0,), queries=40)
+    return replace(job, config=config, seeds=SEEDS[:1], queries=40)
 
 
 def refinement(pair: Pair, results: Results) -> list[Job]:
