@@ -27,9 +27,9 @@ lint: $(VENV)/installed  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md (hours)
-	$(BIN)/python benchmarks/lab/study.py
-	$(BIN)/python benchmarks/lab/evidence.py
+evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md
+	$(BIN)/python benchmarks/lab/study.py $(if $(QUICK),--quick --results build/evidence)
+	$(BIN)/python benchmarks/lab/evidence.py $(if $(QUICK),--results build/evidence --docs build/evidence)
 
 clean:  ## Remove the environment and the quickstart's output
 	rm -rf $(VENV) $(QUICKSTART)/out

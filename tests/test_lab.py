@@ -22,7 +22,7 @@ sys.path.insert(0, str(LAB))
 
 import evidence  # noqa: E402
 import figures  # noqa: E402
-import pairs  # noqa: E402
+import pairs as lab  # noqa: E402
 from tasks import GRAPH, PRODUCTS, TASKS  # noqa: E402
 
 
@@ -132,30 +132,30 @@ def test_the_interval_over_pairs_by_hand():
 def test_building_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
     few = {"long": (6, (1,) * 6), "short": (6, (1,) * 6)}
-    pair = pairs.Pair(
+    pair = lab.Pair(
         "tiny",
         GRAPH,
         "qwen3",
         "",
         size={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
         stages={
-            "base": pairs.Stage(None, few, 3, 1e-3),
-            "long": pairs.Stage("base", few, 2, 1e-3),
-            "short": pairs.Stage("tiny/base", few, 2, 1e-3),
+            "base": lab.Stage(None, few, 3, 1e-3),
+            "long": lab.Stage("base", few, 2, 1e-3),
+            "short": lab.Stage("tiny/base", few, 2, 1e-3),
         },
     )
     one = replace(pair, stages={"base": pair.stages["base"]})
-    pairs.build(one)
+    lab.build(one)
     weights = tmp_path / "tiny" / "base" / "model.safetensors"
     first = weights.read_bytes(), weights.stat().st_mtime_ns
     (tmp_path / "tiny" / "long.partial").mkdir()  # a killed save
-    pairs.build(pair)
+    lab.build(pair)
     assert (weights.read_bytes(), weights.stat().st_mtime_ns) == first
     for name in ("long", "short"):
         assert (tmp_path / "tiny" / name / "tokenizer.json").exists()
     assert not list(tmp_path.glob("tiny/*.partial"))
     monkeypatch.setenv("RPAM_LAB", str(tmp_path / "again"))
-    pairs.build(one)
+    lab.build(one)
     again = tmp_path / "again" / "tiny" / "base" / "model.safetensors"
     assert again.read_bytes() == first[0]
 
@@ -223,7 +223,7 @@ def test_results_of_other_checkpoints_are_left_out(studied, tmp_path, monkeypatc
     import study as module
 
     monkeypatch.setenv("RPAM_LAB", str(studied / "lab" / "quick"))
-    pair = pairs.PAIRS["chains-qwen2"]
+    pair = lab.PAIRS["chains-qwen2"]
     path = studied / "results" / "chains-qwen2.jsonl"
     assert len(module.Results(pair, path.parent).records) == len(records(studied))
     lines = path.read_text().splitlines()
@@ -258,11 +258,21 @@ def test_the_report_is_written_from_the_results(studied, tmp_path):
     assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_page_and_readme_are_those_of_the_committed_results(tmp_path):
+    pairs = evidence.read(LAB / "results")
+    evidence.write(pairs, tmp_path)
+    committed = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert (tmp_path / "evidence.md").read_text(encoding="utf-8") == committed
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert evidence.with_table(readme, pairs) == readme
+    assert readme.count("**mean of pairs**") == 1
+
+
 def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
     import study as module
 
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
-    pair = pairs.PAIRS["chains-qwen2"]
+    pair = lab.PAIRS["chains-qwen2"]
     pair.cache.mkdir()
     lines = (QUICKSTART / "calibration.jsonl").read_text().splitlines()
     module.calibration(pair).write_text("\n".join(lines) + "\n")

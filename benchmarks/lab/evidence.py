@@ -118,17 +118,34 @@ COLUMNS = {
 }
 
 
-def comparison(pairs: Sequence[PairResults], name: str, equal: bool) -> list[str]:
-    """Return the table of RPAM with one setting against everything else."""
+# Those of the README's table, which is written between these lines.
+SHOWN = ("merged, %", "of Long's", "tokens saved", "over the best other")
+SHOWN += ("over the hull", "against the router")
+BEGIN, FINISH = "<!-- evidence.py writes this table -->", "<!-- until here -->"
+
+
+def comparison(
+    pairs: Sequence[PairResults], equal: bool, columns: Iterable[str] = COLUMNS
+) -> list[str]:
+    """Return the table of the defaults against everything else."""
     found = {
-        pair.pair: pair.cells("main", name, pair.flat if equal else pair.mix)
+        pair.pair: pair.cells("main", "defaults", pair.flat if equal else pair.mix)
         for pair in pairs
     }
+    columns = list(columns)
     rows = []
     for pair, cells in found.items():
-        rows.append([pair, *(_column(c, {pair: cells}) for c in COLUMNS)])
-    rows.append(["**mean of pairs**", *(_column(c, found) for c in COLUMNS)])
-    return table(["pair", *COLUMNS], rows)
+        rows.append([pair, *(_column(c, {pair: cells}) for c in columns)])
+    rows.append(["**mean of pairs**", *(_column(c, found) for c in columns)])
+    return table(["pair", *columns], rows)
+
+
+def with_table(readme: str, pairs: Sequence[PairResults]) -> str:
+    """Return the README with its table of the defaults as the results have it."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(FINISH)
+    lines = comparison(pairs, equal=False, columns=SHOWN)
+    return "\n".join([before + BEGIN, *lines, FINISH]) + after
 
 
 def _column(name: str, cells: dict[str, list[Cell]]) -> str:
@@ -204,15 +221,21 @@ def methods(pairs: Sequence[PairResults]) -> list[str]:
 
 
 def ablations(pairs: Sequence[PairResults]) -> list[str]:
-    """Return the tables of settings: one row each, all against the reference."""
+    """Return the tables of settings: one row each, all against the reference.
+
+    Only what was run with every seed.
+    """
     lines = []
     for pair in pairs:
         if "validation" not in pair.by_group:
             continue
-        rows = []
-        for group, name in pair.by_seed:
-            if group == "ablations":
-                rows.append(_ablation(pair, name))
+        rows = [
+            _ablation(pair, name)
+            for (group, name), of in pair.by_seed.items()
+            if group == "ablations" and set(of) == set(pair.seeds)
+        ]
+        if not lines:
+            lines = ["## Settings, one at a time", ""]
         head = [pair.pair, "accuracy, %", "tokens", "change of accuracy"]
         head += ["over chance", "change of that", "coefficients", "seconds"]
         lines += table(head, rows)
@@ -254,21 +277,28 @@ def _ablation(pair: PairResults, name: str) -> list[str]:
     ]
 
 
-def write(results: Path, docs: Path) -> None:
+def read(results: Path) -> list[PairResults]:
+    """Return the results of all pairs."""
+    found = sorted(results.glob("*.jsonl"), key=lambda path: path.stem)
+    return [PairResults(path) for path in found]
+
+
+def write(pairs: Sequence[PairResults], docs: Path) -> None:
     """Write evidence.md and evidence.png into `docs`."""
-    pairs = [PairResults(path) for path in sorted(results.glob("*.jsonl"))]
     lines = [
         (HERE / "findings.md").read_text(encoding="utf-8").rstrip(),
+        "",
+        "![Accuracy against mean tokens, for every pair](evidence.png)",
         "",
         "## The experts",
         "",
         *experts(pairs),
         "## Defaults against everything else, in the task's mix",
         "",
-        *comparison(pairs, "defaults", equal=False),
+        *comparison(pairs, equal=False),
         "## The same, every difficulty equally frequent",
         "",
-        *comparison(pairs, "defaults", equal=True),
+        *comparison(pairs, equal=True),
         "## Where the merged model thinks",
         "",
         "Difficulties in italics are beyond all training and calibration.",
@@ -285,8 +315,6 @@ def write(results: Path, docs: Path) -> None:
         "Mean log-likelihood per token of replies that both experts were taught alike.",
         "",
         *chat(pairs),
-        "## Settings",
-        "",
         *ablations(pairs),
     ]
     docs.mkdir(parents=True, exist_ok=True)
@@ -301,8 +329,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
-    write(args.results, args.docs)
+    pairs = read(args.results)
+    write(pairs, args.docs)
     print(f"written to {args.docs / 'evidence.md'}")
+    if args.docs == DOCS:
+        readme = ROOT / "README.md"
+        readme.write_text(with_table(readme.read_text("utf-8"), pairs), "utf-8")
 
 
 if __name__ == "__main__":

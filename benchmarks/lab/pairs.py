@@ -154,7 +154,7 @@ PAIRS = {
             stages={
                 "long": Stage(
                     "products-llama/base",
-                    {"long": (96, (0, 0, 1, 2, 2, 2))},
+                    {"long": (96, (1, 1, 1, 3, 3, 3))},
                     500,
                     1.5e-3,
                 ),
@@ -179,7 +179,7 @@ PAIRS = {
                     600,
                     1e-3,
                 ),
-                "long": Stage("base", {"long": (48, (1, 1, 1, 2, 2, 2))}, 150, 2e-4),
+                "long": Stage("base", {"long": (48, (1, 1, 1, 2, 3, 4))}, 400, 5e-4),
                 "short": Stage("base", {"short": (96, (1, 4, 6, 1, 0, 0))}, 200, 3e-4),
             },
         ),

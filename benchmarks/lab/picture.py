@@ -39,7 +39,7 @@ def draw(path: Path, pairs: Sequence) -> None:
         spare.legend(handles, labels, loc="center", frameon=False)
     else:
         figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)
-    figure.tight_layout(rect=(0, 0 if spare is not None else 0.1, 1, 1))
+    figure.tight_layout(rect=(0, 0 if spare is not None else 0.16, 1, 1))
     figure.savefig(path)
     plt.close(figure)
 
