@@ -60,7 +60,8 @@ def layer_rows(report: CoefficientReport) -> tuple[list[str], list[list[str]]]:
     rows = []
     for layer in report.layers:
         before, after = layer["gap_before"], layer["gap_after"]
-        closed = f"{1 - after / before:.0%}" if before else "-"
+        # No minus sign before a zero.
+        closed = f"{round(1 - after / before, 2) + 0.0:.0%}" if before else "-"
         rows.append(
             [
                 str(layer["layer"]),
