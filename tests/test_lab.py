@@ -22,7 +22,9 @@ sys.path.insert(0, str(LAB))
 
 import evidence  # noqa: E402
 import figures  # noqa: E402
+import jobs  # noqa: E402
 import pairs as lab  # noqa: E402
+import training  # noqa: E402
 from tasks import GRAPH, PRODUCTS, TASKS  # noqa: E402
 
 
@@ -123,7 +125,7 @@ def test_the_interval_over_pairs_by_hand():
     mean, half = figures.interval({"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0]})
     assert mean == 3.0
     # Pooled variance 0.5; of the mean over two pairs (0.5 / 3 + 0.5 / 3) / 4.
-    assert half == pytest.approx(2.776 * math.sqrt(1 / 12))
+    assert half == pytest.approx(2.7764451052 * math.sqrt(1 / 12))
     mean, half = figures.interval({"a": [0.5]})
     assert mean == 0.5
     assert math.isnan(half)
@@ -145,17 +147,17 @@ def test_building_goes_on_where_it_ended(tmp_path, monkeypatch):
         },
     )
     one = replace(pair, stages={"base": pair.stages["base"]})
-    lab.build(one)
+    training.build(one)
     weights = tmp_path / "tiny" / "base" / "model.safetensors"
     first = weights.read_bytes(), weights.stat().st_mtime_ns
     (tmp_path / "tiny" / "long.partial").mkdir()  # a killed save
-    lab.build(pair)
+    training.build(pair)
     assert (weights.read_bytes(), weights.stat().st_mtime_ns) == first
     for name in ("long", "short"):
         assert (tmp_path / "tiny" / name / "tokenizer.json").exists()
     assert not list(tmp_path.glob("tiny/*.partial"))
     monkeypatch.setenv("RPAM_LAB", str(tmp_path / "again"))
-    lab.build(one)
+    training.build(one)
     again = tmp_path / "again" / "tiny" / "base" / "model.safetensors"
     assert again.read_bytes() == first[0]
 
@@ -198,8 +200,8 @@ def studied(tmp_path_factory) -> Path:
 
 
 def test_a_short_study_measures_every_model_once(studied):
-    jobs = [json.dumps(r["job"], sort_keys=True) for r in records(studied)]
-    assert len(jobs) == len(set(jobs))
+    done = [json.dumps(r["job"], sort_keys=True) for r in records(studied)]
+    assert len(done) == len(set(done))
     groups = [r["job"]["group"] for r in records(studied)]
     counts = {group: groups.count(group) for group in set(groups)}
     assert counts == {
@@ -230,6 +232,29 @@ def test_results_of_other_checkpoints_are_left_out(studied, tmp_path, monkeypatc
     changed = json.dumps({**json.loads(lines[0]), "models": "another"})
     (tmp_path / path.name).write_text("\n".join([changed, *lines[1:]]) + "\n")
     assert len(module.Results(pair, tmp_path).records) == len(lines) - 1
+
+
+def test_results_of_other_defaults_are_left_out(studied, tmp_path, monkeypatch):
+    import study as module
+
+    monkeypatch.setenv("RPAM_LAB", str(studied / "lab" / "quick"))
+    pair = lab.PAIRS["chains-qwen2"]
+    changed = records(studied)
+    merged = [record for record in changed if record["settings"]]
+    merged[0]["settings"]["rank"] += 1
+    lines = "".join(json.dumps(record) + "\n" for record in changed)
+    (tmp_path / "chains-qwen2.jsonl").write_text(lines)
+    assert len(module.Results(pair, tmp_path).records) == len(changed) - 1
+
+
+def test_todays_defaults_are_those_that_were_measured():
+    import study as module
+
+    for pair in evidence.read(LAB / "results"):
+        measured = pair.by_seed["main", "defaults"]
+        assert sorted(measured) == list(jobs.SEEDS)
+        for record in measured.values():
+            assert record["settings"] == module.settings(record["job"]["config"])
 
 
 def test_the_merged_model_thinks_where_it_must(studied):
@@ -284,7 +309,7 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
         ]
         path = pair.cache / f"{way}.samples.jsonl"
         path.write_text("\n".join(map(json.dumps, [{"header": 1}, *said])) + "\n")
-    job = module.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
+    job = jobs.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
     parameters = module.calibrated(pair, job, tmp_path)
     written = Path(parameters["calibration"]).read_text().splitlines()
     changed = 0

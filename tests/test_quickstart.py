@@ -53,7 +53,8 @@ def test_the_calibration_file_leaks_no_held_out_query():
 
 def test_the_calibration_responses_are_correct():
     for query in read_calibration(QUICKSTART / "calibration.jsonl").queries:
-        assert evaluate.grade(query.prompt, query.response + "<|end|>")["correct"]
+        answer = chains.answer(query.prompt)
+        assert evaluate.grade(answer, query.response + "<|end|>")["correct"]
 
 
 def test_the_pair_is_small():
@@ -81,7 +82,7 @@ def test_the_pair_is_small():
     ],
 )
 def test_grading(response, correct, thinks, closed):
-    grade = evaluate.grade("7+5*3-2=", response)
+    grade = evaluate.grade(chains.answer("7+5*3-2="), response)
     assert grade == {"correct": correct, "thinks": thinks, "closed": closed}
 
 

@@ -23,15 +23,21 @@ DOCS = ROOT / "docs"
 
 
 class PairResults:
-    """The records of one pair by group and name; RPAM merges also by seed."""
+    """The records of one pair by group and name; RPAM merges also by seed.
+
+    Of the checkpoints and settings that were measured last.
+    """
 
     def __init__(self, path: Path) -> None:
         self.pair = path.stem
         self.task: Task = TASKS[self.pair.split("-")[0]]
         self.by_group: dict[str, dict[str, dict[str, Any]]] = {}
         self.by_seed: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            if record["models"] != records[-1]["models"]:
+                continue
             job = record["job"]
             if job["config"].get("merge_method") == "rpam":
                 at = self.by_seed.setdefault((job["group"], job["name"]), {})
@@ -167,7 +173,10 @@ def thinking(pairs: Sequence[PairResults]) -> list[str]:
                 of = [point(r, s, {difficulty: 1}) for s, r in merged.items()]
                 shown.append(percent([getattr(p, figure) for p in of], places=0))
             rows.append([f"{name}, %", *shown])
-        for name, record in (("Long right, %", pair.long), ("Short", pair.short)):
+        for name, record in (
+            ("Long right, %", pair.long),
+            ("Short right, %", pair.short),
+        ):
             shown = []
             for difficulty in every:
                 of = [point(record, s, {difficulty: 1}) for s in pair.seeds]

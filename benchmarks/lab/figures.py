@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from rpam_mergekit.yardsticks import at_tokens, upper_hull
 
 Mix = Mapping[int, float]
-# Two-sided 95 % points of Student's t, by degrees of freedom.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-T95 += (2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 @dataclass(frozen=True)
@@ -150,20 +148,11 @@ def over_chance(merged: Mapping, long: Mapping, short: Mapping, seed, mix) -> fl
 
 def interval(by_pair: Mapping[str, Sequence[float]]) -> tuple[float, float]:
     """Return the mean over pairs and half of its 95 % interval (nan for one seed)."""
-    means = [float(np.mean(values)) for values in by_pair.values()]
-    variances = [float(np.var(v, ddof=1)) for v in by_pair.values() if len(v) > 1]
-    freedom = sum(len(values) - 1 for values in by_pair.values())
+    values = [np.array(of) for of in by_pair.values()]
+    mean = float(np.mean([of.mean() for of in values]))
+    freedom = sum(len(of) - 1 for of in values)
     if not freedom:
-        return float(np.mean(means)), math.nan
-    pooled = sum(
-        variance * (len(values) - 1)
-        for variance, values in zip(
-            variances, [v for v in by_pair.values() if len(v) > 1], strict=True
-        )
-    )
-    pooled /= freedom
-    error = math.sqrt(
-        sum(pooled / len(values) for values in by_pair.values()) / len(means) ** 2
-    )
-    t = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.4 / freedom
-    return float(np.mean(means)), t * error
+        return mean, math.nan
+    pooled = sum(((of - of.mean()) ** 2).sum() for of in values) / freedom
+    error = math.sqrt(sum(pooled / len(of) for of in values)) / len(values)
+    return mean, float(stats.t.ppf(0.975, freedom)) * error

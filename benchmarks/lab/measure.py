@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pairs import Pair, prompt
-from tasks import END, END_THINK, THINK, Task
+from evaluate import grade, respond
+from pairs import Pair
+from tasks import END, Task, prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIGURES = ("queries", "correct", "tokens", "thinks", "closed", "cut_off")
@@ -28,48 +29,6 @@ def held_out(task: Task, seed: int, each: int, split: str) -> list[str]:
     """
     mix = dict.fromkeys((*task.difficulties, *task.beyond), 1.0)
     return task.queries(each * len(mix), split, seed, mix)
-
-
-@torch.inference_mode()
-def respond(model, tokenizer, queries: Sequence[str], longest: int) -> list[str]:
-    """Return greedy responses with their end token."""
-    responses: dict[str, str] = {}
-    by_length: dict[int, list[str]] = {}
-    for query in queries:
-        by_length.setdefault(len(query), []).append(query)
-    for group in by_length.values():  # prompts of one length need no padding
-        ids = tokenizer(
-            [prompt(query) for query in group],
-            add_special_tokens=False,
-            return_tensors="pt",
-        )["input_ids"]
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=longest,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, ids.shape[1] :]
-        for query, row in zip(group, output.tolist(), strict=True):
-            kept = [token for token in row if token != tokenizer.pad_token_id]
-            responses[query] = "".join(tokenizer.convert_ids_to_tokens(kept))
-    return [responses[query] for query in queries]
-
-
-def grade(task: Task, query: str, response: str) -> dict[str, float]:
-    """Return 1 or 0 for correct, thinks, closed (well) and cut off."""
-    ended = response.endswith(END)
-    thinks = response.startswith(THINK)
-    _, closed, final = response.removesuffix(END).rpartition(END_THINK)
-    well_closed = thinks and response.count(END_THINK) == 1 and bool(final)
-    right = ended and final == task.answer(query)
-    return {
-        "correct": float(right and (well_closed or not (thinks or closed))),
-        "thinks": float(thinks),
-        "closed": float(well_closed),
-        "cut_off": float(not ended),
-    }
 
 
 def load(folder: Path):
@@ -92,11 +51,12 @@ def measure(model, tokenizer, task: Task, asked: Mapping[int, Sequence[str]]) ->
             figures = {
                 "queries": 1.0,
                 "tokens": float(tokens),
-                **grade(task, query, response),
+                **grade(task.answer(query), response),
+                "cut_off": float(not response.endswith(END)),
             }
             of = strata.setdefault(str(task.difficulty(query)), [0.0] * len(FIGURES))
             for at, name in enumerate(FIGURES):
-                of[at] += figures[name]
+                of[at] += figures[name] or 0.0
     return sums
 
 

@@ -23,6 +23,11 @@ THINK, END_THINK, END = chains.THINK, chains.END_THINK, "<|end|>"
 CHAT = "!"  # begins what is no query
 
 
+def prompt(query: str) -> str:
+    """Return the query as the chat template writes it."""
+    return f"<|user|>{query}<|end|><|assistant|>"
+
+
 @dataclass(frozen=True)
 class Task:
     """A task; every callable is pure but for its random generator.

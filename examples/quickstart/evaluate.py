@@ -58,13 +58,14 @@ def interpolated(long, short, weight: float):
 
 
 @torch.inference_mode()
-def respond(model, tokenizer, queries: list[str], sample: bool = False) -> list[str]:
-    """Return responses, greedy or at temperature 1, with their end token."""
+def respond(
+    model, tokenizer, queries: list[str], longest: int = MOST_NEW_TOKENS
+) -> list[str]:
+    """Return greedy responses of at most `longest` tokens, with their end token."""
     responses = {}
-    for difficulty in chains.DIFFICULTIES:  # prompts of one length need no padding
-        group = [q for q in queries if chains.operations(q) == difficulty]
-        if not group:
-            continue
+    for length in sorted({len(query) for query in queries}):
+        # Prompts of one length need no padding.
+        group = [query for query in queries if len(query) == length]
         texts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": query}],
@@ -77,8 +78,8 @@ def respond(model, tokenizer, queries: list[str], sample: bool = False) -> list[
         output = model.generate(
             input_ids=prompt["input_ids"],
             attention_mask=torch.ones_like(prompt["input_ids"]),
-            do_sample=sample,
-            max_new_tokens=MOST_NEW_TOKENS,
+            do_sample=False,
+            max_new_tokens=longest,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )[:, prompt["input_ids"].shape[1] :]
@@ -88,13 +89,17 @@ def respond(model, tokenizer, queries: list[str], sample: bool = False) -> list[
     return [responses[query] for query in queries]
 
 
-def grade(query: str, response: str) -> dict[str, float | None]:
-    """Return correctness, and whether the response thinks and closes its thinking."""
+def grade(answer: str, response: str) -> dict[str, float | None]:
+    """Return 1 or 0 for correct, thinks and closed (well; None if it does not think).
+
+    A response that thinks must close its thinking once and then answer; one that does
+    not must be the answer.
+    """
     end = "<|end|>"
     thinks = response.startswith(chains.THINK)
     _, closed, final = response.removesuffix(end).rpartition(chains.END_THINK)
-    well_closed = thinks and response.count(chains.END_THINK) == 1 and len(final) == 1
-    right = response.endswith(end) and final == chains.answer(query)
+    well_closed = thinks and response.count(chains.END_THINK) == 1 and bool(final)
+    right = response.endswith(end) and final == answer
     return {
         "correct": float(right and (well_closed or not (thinks or closed))),
         "thinks": float(thinks),
@@ -108,7 +113,7 @@ def evaluate(model, tokenizer, queries: list[str], name: str, weight=None) -> Re
         {
             "difficulty": chains.operations(query),
             "tokens": len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-            **grade(query, text),
+            **grade(chains.answer(query), text),
         }
         for query, text in zip(queries, responses, strict=True)
     ]
