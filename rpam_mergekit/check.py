@@ -17,9 +17,7 @@ from mergekit.config import (
     MergeConfiguration,
     ParameterSetting,
 )
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
-from mergekit.parameter_resolver import resolve_parameter
 
 from rpam_mergekit.calibration import PATTERNS, CalibrationSet, read_calibration
 from rpam_mergekit.checkpoint import Layout, MergeModels, compare_shapes
@@ -46,7 +44,17 @@ TAKEN_FROM_BASE = (
     "sliding_window",
     "tie_word_embeddings",
 )
-WEIGHT = ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
+
+
+def weight_parameter() -> Any:
+    """Return the specification of `weight`, which a user may set per model.
+
+    Imports mergekit's merge methods, which must not be imported from the top of a
+    module that `method` needs: that import is what registers `method`.
+    """
+    from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+
+    return ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,9 @@ class MergeRequest:
 
     def fixed_weights(self, layout: Layout) -> dict[str, float]:
         """Return the weights the user set, by tensor, as mergekit resolves them."""
-        fixed = {}
+        from mergekit.parameter_resolver import resolve_parameter
+
+        fixed, weight = {}, weight_parameter()
         last = max(len(layout.layers) - 1, 1)
         groups = [(0.0, layout.outside)]
         groups += [(i / last, layer) for i, layer in enumerate(layout.layers)]
@@ -73,7 +83,7 @@ class MergeRequest:
         for t, infos in groups:
             for info in infos:
                 value = resolve_parameter(
-                    WEIGHT, self.weight_settings, tensor_name=info.name, t=t
+                    weight, self.weight_settings, tensor_name=info.name, t=t
                 )
                 if value is not None:
                     fixed[info.name] = value

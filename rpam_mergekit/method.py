@@ -32,7 +32,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from rpam_mergekit.check import NAME, WEIGHT, check_config, check_keys
+from rpam_mergekit.check import NAME, check_config, check_keys, weight_parameter
 from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.coefficients import open_coefficients, written
 from rpam_mergekit.errors import RpamError, refuse
@@ -53,7 +53,7 @@ class RpamMerge(GroupMergeMethod):
         pretty_name="RPAM (Reasoning Pattern Alignment Merging)",
         reference_url="https://arxiv.org/abs/2601.03506",
         parameters=(
-            WEIGHT,
+            weight_parameter(),
             ParameterSpec("tensor", str | None, NON_BASE, default=None),
             ParameterSpec("coefficients", str | None, SHARED, default=None),
             ParameterSpec("written_dtype", str | None, SHARED, default=None),

@@ -15,16 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import QUICKSTART, ROOT
+from safetensors.torch import load_file
+
+from rpam_mergekit.coefficients import CoefficientsFile, written
 
 LAB = ROOT / "benchmarks" / "lab"
 sys.path.insert(0, str(LAB))
 
+import calibrations  # noqa: E402
 import evidence  # noqa: E402
 import figures  # noqa: E402
 import jobs  # noqa: E402
 import pairs as lab  # noqa: E402
 import training  # noqa: E402
+from records import PairResults  # noqa: E402
+from records import read as records_of  # noqa: E402
 from tasks import GRAPH, PRODUCTS, TASKS  # noqa: E402
 
 
@@ -250,7 +257,7 @@ def test_results_of_other_defaults_are_left_out(studied, tmp_path, monkeypatch):
 def test_todays_defaults_are_those_that_were_measured():
     import study as module
 
-    for pair in evidence.read(LAB / "results"):
+    for pair in records_of(LAB / "results"):
         measured = pair.by_seed["main", "defaults"]
         assert sorted(measured) == list(jobs.SEEDS)
         for record in measured.values():
@@ -259,7 +266,7 @@ def test_todays_defaults_are_those_that_were_measured():
 
 def test_the_merged_model_thinks_where_it_must(studied):
     """The study's shortest form already shows the effect, on its own test queries."""
-    pair = evidence.PairResults(studied / "results" / "chains-qwen2.jsonl")
+    pair = PairResults(studied / "results" / "chains-qwen2.jsonl")
     (cell,) = pair.cells("main", "defaults", pair.mix)
     assert cell.saved > 0.3
     assert cell.merged.accuracy > cell.best_other + 0.03
@@ -274,7 +281,7 @@ def test_the_report_is_written_from_the_results(studied, tmp_path):
     command += ["--results", str(studied / "results"), "--docs", str(tmp_path)]
     subprocess.run(command, check=True)
     text = (tmp_path / "evidence.md").read_text()
-    pair = evidence.PairResults(studied / "results" / "chains-qwen2.jsonl")
+    pair = PairResults(studied / "results" / "chains-qwen2.jsonl")
     (cell,) = pair.cells("main", "defaults", pair.mix)
     row = next(line for line in text.splitlines() if "**mean of pairs**" in line)
     assert f"| {100 * cell.merged.accuracy:.1f} |" in row
@@ -284,7 +291,7 @@ def test_the_report_is_written_from_the_results(studied, tmp_path):
 
 
 def test_page_and_readme_are_those_of_the_committed_results(tmp_path):
-    pairs = evidence.read(LAB / "results")
+    pairs = records_of(LAB / "results")
     evidence.write(pairs, tmp_path)
     committed = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert (tmp_path / "evidence.md").read_text(encoding="utf-8") == committed
@@ -294,13 +301,11 @@ def test_page_and_readme_are_those_of_the_committed_results(tmp_path):
 
 
 def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
-    import study as module
-
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
     pair = lab.PAIRS["chains-qwen2"]
     pair.cache.mkdir()
     lines = (QUICKSTART / "calibration.jsonl").read_text().splitlines()
-    module.calibration(pair).write_text("\n".join(lines) + "\n")
+    calibrations.calibration(pair).write_text("\n".join(lines) + "\n")
     originals = [json.loads(line) for line in lines]
     for way in ("long", "short"):
         said = [
@@ -310,7 +315,7 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
         path = pair.cache / f"{way}.samples.jsonl"
         path.write_text("\n".join(map(json.dumps, [{"header": 1}, *said])) + "\n")
     job = jobs.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
-    parameters = module.calibrated(pair, job, tmp_path)
+    parameters = calibrations.calibrated(pair, job, tmp_path)
     written = Path(parameters["calibration"]).read_text().splitlines()
     changed = 0
     for original, line in zip(originals, written, strict=True):
@@ -322,3 +327,93 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
             assert record == original
     assert 0.22 < changed / len(originals) < 0.38
     assert set(parameters) == {"seed", "calibration"}
+
+
+def test_neutral_queries_are_added_to_both_patterns(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path))
+    pair = lab.PAIRS["graph-qwen3"]
+    pair.cache.mkdir()
+    lines = [
+        json.dumps({"prompt": f"{way} {n}", "pattern": way, "response": "x"})
+        for way in ("long", "short")
+        for n in range(20)
+    ]
+    calibrations.calibration(pair).write_text("\n".join(lines) + "\n")
+    job = jobs.rpam(pair, "ablations", "x", 3, queries_per_pattern=8, neutral=5)
+    parameters = calibrations.calibrated(pair, job, tmp_path)
+    path = Path(parameters.pop("calibration"))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for way in ("long", "short"):
+        of = [r for r in records if r["pattern"] == way]
+        neutral = [r for r in of if r["prompt"].startswith("!")]
+        assert (len(of), len(neutral)) == (13, 5)
+        assert all(r["response"] == r["prompt"][:0:-1] for r in neutral)
+    assert parameters == {"seed": 3, "queries_per_pattern": 13}
+
+
+def small_merge(folder: Path, variant: str | None, **parameters) -> dict:
+    """Merge the quickstart's pair by a variant of the pre-pass; return metadata."""
+    import study as module
+    import variants
+
+    pair = lab.PAIRS["chains-qwen2"]
+    config = {
+        "merge_method": "rpam",
+        "parameters": {
+            "calibration": str(QUICKSTART / "calibration.jsonl"),
+            "queries_per_pattern": 40,
+            **parameters,
+        },
+    }
+    with variants.prepass_of(variant):
+        module.merge(module.mergekit_config(pair, config), folder, None)
+    return CoefficientsFile(folder / "rpam" / "coefficients.safetensors").metadata
+
+
+def test_what_is_outside_the_layers_can_be_learned(tmp_path):
+    small_merge(tmp_path / "plain", None, epochs=2)
+    small_merge(tmp_path / "out", "learned outside", epochs=2)
+    small_merge(tmp_path / "again", None, epochs=2)
+    paths = [
+        tmp_path / name / "rpam" / "coefficients.safetensors"
+        for name in ("plain", "out", "again")
+    ]
+    assert paths[0].read_bytes() == paths[2].read_bytes() != paths[1].read_bytes()
+    file, plain = CoefficientsFile(paths[1]), CoefficientsFile(paths[0])
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    experts = [
+        load_file(QUICKSTART / way / "model.safetensors") for way in ("long", "short")
+    ]
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert set(plain.parts(name)) == {"scalar"}
+        coefficient = file.coefficient(name, "cpu")
+        assert coefficient.std() > 0.01
+        base, other = (expert[name] for expert in experts)
+        assert torch.equal(weights[name], written(base, other, coefficient))
+
+
+def test_a_layer_keeps_its_best_epoch(tmp_path):
+    whole = small_merge(tmp_path / "whole", None, epochs=6)
+    stopped = small_merge(tmp_path / "stopped", "early stop", epochs=6)
+    assert whole["layers"] != stopped["layers"]
+    assert all(r["gap_after"] < r["gap_before"] for r in stopped["layers"])
+
+
+def test_early_stop_by_hand():
+    import variants
+
+    leaf = torch.zeros(1)
+    figures_by_epoch = iter([3.0, 1.0, 2.0, 1.5, 1.0, 0.5])
+    watch = variants._Watch(2, 3, [leaf])
+    watch.figure = lambda: next(figures_by_epoch)
+
+    def train() -> None:
+        for step in range(100):
+            leaf.fill_(step)
+            watch.update()
+
+    with pytest.raises(variants._Enough):
+        train()
+    assert next(figures_by_epoch) == 0.5  # not looked at: three epochs were no better
+    watch.restore()
+    assert leaf.item() == 3

@@ -124,7 +124,13 @@ def test_the_switch_turns_it_off(environment, wheel):
     assert "'rpam'" in environment.methods(RPAM_MERGEKIT_AUTOLOAD="1")
 
 
-@pytest.mark.parametrize("first", ["rpam_mergekit.method", "mergekit.merge_methods"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "mergekit.merge_methods",
+        *(f"rpam_mergekit.{n}" for n in ("method", "check", "fit", "prepass", "sweep")),
+    ],
+)
 def test_the_plugin_may_be_imported_before_mergekit(environment, wheel, first):
     environment.install(wheel)
     process = environment.run(

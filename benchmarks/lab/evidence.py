@@ -8,88 +8,19 @@ What the tables say in words is findings.md beside this file, written by hand.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import picture
-from figures import Cell, Mix, cell, interval, over_chance, point
-from tasks import ROOT, TASKS, Task
+from ablations import ablations
+from figures import Cell, point
+from records import PairResults, read
+from tables import percent, spread, table
+from tasks import ROOT
 
 HERE = Path(__file__).parent
 DOCS = ROOT / "docs"
-
-
-class PairResults:
-    """The records of one pair by group and name; RPAM merges also by seed.
-
-    Of the checkpoints and settings that were measured last.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.pair = path.stem
-        self.task: Task = TASKS[self.pair.split("-")[0]]
-        self.by_group: dict[str, dict[str, dict[str, Any]]] = {}
-        self.by_seed: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        for record in records:
-            if record["models"] != records[-1]["models"]:
-                continue
-            job = record["job"]
-            if job["config"].get("merge_method") == "rpam":
-                at = self.by_seed.setdefault((job["group"], job["name"]), {})
-                at[job["seeds"][0]] = record
-            else:
-                self.by_group.setdefault(job["group"], {})[job["name"]] = record
-        experts = self.by_group["experts"]
-        self.long, self.short = experts["long"], experts["short"]
-        sweep = self.by_group.get("sweep", {})
-        self.sweep = [sweep[name] for name in sorted(sweep, key=float)]
-        self.others = self.by_group.get("methods", {})
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted(int(seed) for seed in self.long["sums"])
-
-    @property
-    def mix(self) -> Mix:
-        return dict(zip(self.task.difficulties, self.task.mix, strict=True))
-
-    @property
-    def flat(self) -> Mix:
-        return dict.fromkeys(self.task.difficulties, 1.0)
-
-    @property
-    def beyond(self) -> Mix:
-        return dict.fromkeys(self.task.beyond, 1.0)
-
-    def cells(self, group: str, name: str, mix: Mix) -> list[Cell]:
-        """Return the cells of an RPAM merge, by seed."""
-        others = list(self.others.values())
-        found = sorted(self.by_seed[group, name].items())
-        return [
-            cell(merged, self.long, self.short, self.sweep, others, seed, mix)
-            for seed, merged in found
-        ]
-
-
-def percent(values: Sequence[float], sign: str = "", places: int = 1) -> str:
-    """Return mean and half interval of shares over the seeds of one pair."""
-    return spread({"": values}, sign, places)
-
-
-def spread(by_pair: dict[str, Sequence[float]], sign: str = "", places: int = 1) -> str:
-    mean, half = interval(by_pair)
-    shown = f"{100 * mean:{sign}.{places}f}"
-    return shown if math.isnan(half) else f"{shown} ± {100 * half:.{places}f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 def experts(pairs: Sequence[PairResults]) -> list[str]:
@@ -227,69 +158,6 @@ def methods(pairs: Sequence[PairResults]) -> list[str]:
             row.append("-" if missing else percent(best))
         rows.append(row)
     return table(["pair", "rpam", *names, "karcher"], rows)
-
-
-def ablations(pairs: Sequence[PairResults]) -> list[str]:
-    """Return the tables of settings: one row each, all against the reference.
-
-    Only what was run with every seed.
-    """
-    lines = []
-    for pair in pairs:
-        if "validation" not in pair.by_group:
-            continue
-        rows = [
-            _ablation(pair, name)
-            for (group, name), of in pair.by_seed.items()
-            if group == "ablations" and set(of) == set(pair.seeds)
-        ]
-        if not lines:
-            lines = ["## Settings, one at a time", ""]
-        head = [pair.pair, "accuracy, %", "tokens", "change of accuracy"]
-        head += ["over chance", "change of that", "coefficients", "seconds"]
-        lines += table(head, rows)
-    return lines
-
-
-def _ablation(pair: PairResults, name: str) -> list[str]:
-    experts = [pair.by_group["validation"][way] for way in ("long", "short")]
-    records = sorted(pair.by_seed["ablations", name].items())
-    reference = pair.by_seed["ablations", "reference"]
-    points = [point(record, seed, pair.mix) for seed, record in records]
-
-    def over(of: dict[int, dict[str, Any]], seed: int) -> float:
-        return over_chance(of[seed], *experts, seed, pair.mix)
-
-    seeds = [seed for seed, _ in records]
-    accuracy = [p.accuracy for p in points]
-    gained = [over(dict(records), seed) for seed in seeds]
-    changes = ["", ""]
-    if name != "reference" and set(seeds) <= set(reference):
-        before = [point(reference[seed], seed, pair.mix).accuracy for seed in seeds]
-        pairs = zip(accuracy, before, strict=True)
-        changes[0] = percent([a - b for a, b in pairs], "+")
-        changes[1] = percent(
-            [g - over(reference, seed) for g, seed in zip(gained, seeds, strict=True)],
-            "+",
-        )
-    sizes = [record.get("coefficient_bytes", 0) / 1024 for _, record in records]
-    seconds = [record["seconds"] for _, record in records]
-    return [
-        name,
-        percent(accuracy),
-        f"{sum(p.tokens for p in points) / len(points):.1f}",
-        changes[0],
-        percent(gained, "+"),
-        changes[1],
-        f"{sum(sizes) / len(sizes):.0f} KiB",
-        f"{sum(seconds) / len(seconds):.0f}",
-    ]
-
-
-def read(results: Path) -> list[PairResults]:
-    """Return the results of all pairs."""
-    found = sorted(results.glob("*.jsonl"), key=lambda path: path.stem)
-    return [PairResults(path) for path in found]
 
 
 def write(pairs: Sequence[PairResults], docs: Path) -> None:

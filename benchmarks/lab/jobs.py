@@ -15,7 +15,9 @@ COARSE = 1 / 20
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of Short
 # Granularity and the like are compared on a smaller calibration set, for time.
 REFERENCE = {"queries_per_pattern": 128}
-ABLATED = ("chains-qwen2", "graph-qwen3")
+ABLATED = ("chains-qwen2", "graph-qwen3", "products-llama-apart")
+# Among a job's parameters, but not of the merge method: see calibrations, variants.
+STUDYS_OWN = ("flipped", "neutral", "variant")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reference": {},
     "layer": {"granularity": "layer"},
@@ -39,6 +41,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "initial 0.9": {"initial_weight": 0.9},
     "outside averaged": {"outside_weight": 0.5},
     "outside of Short": {"outside_weight": 1.0},
+    "outside learned": {"variant": "learned outside"},
     **{
         f"{count} queries": {"queries_per_pattern": count}
         for count in (8, 32, 64, 256, 512)
@@ -48,6 +51,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "layers 0.6": {"layers": 0.6},
     "epochs 5": {"epochs": 5},
     "epochs 30": {"epochs": 30},
+    "epochs 30, early stop": {"epochs": 30, "variant": "early stop"},
     "learning rate 0.02": {"learning_rate": 0.02},
     "learning rate 0.1": {"learning_rate": 0.1},
     "batches of 32": {"batch_size": 32},
@@ -55,6 +59,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "regularization 0.1": {"regularization": 0.1},
     "regularization 1": {"regularization": 1.0},
     "regularization 1 to Long": {"regularization": 1.0, "initial_weight": 0.0},
+    "32 neutral queries more": {"neutral": 32},
     "preset paper": {"preset": "paper", "queries_per_pattern": 64, "epochs": 50},
     "preset qa-merging": {
         "preset": "qa-merging",
@@ -148,6 +153,8 @@ def jobs(pair: Pair, group: str) -> Iterator[Job]:
         yield Job(pair.name, "validation", "long", split="validation")
         yield Job(pair.name, "validation", "short", split="validation")
         for name, parameters in ABLATIONS.items():
+            if "neutral" in parameters and not pair.stages:
+                continue  # it was taught nothing that both experts say alike
             for seed in SEEDS:
                 job = rpam(pair, "ablations", name, seed, **REFERENCE | parameters)
                 yield replace(job, split="validation")

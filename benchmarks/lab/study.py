@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -22,7 +21,8 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from jobs import GROUPS, Job, interpolation, jobs, shortened
+from calibrations import calibrated, calibration
+from jobs import GROUPS, STUDYS_OWN, Job, interpolation, jobs, shortened
 from pairs import PAIRS, Pair, cache
 from tqdm import tqdm
 from training import build, calibrate
@@ -66,6 +66,7 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
     import transformers
     from measure import chat_log_likelihood, held_out, load, measure
+    from variants import prepass_of
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -82,8 +83,10 @@ def run_job(job: Job) -> dict[str, Any]:
             config = dict(job.config)
             if config["merge_method"] == "rpam":
                 config["parameters"] = calibrated(pair, job, Path(scratch))
+            variant = config.get("parameters", {}).pop("variant", None)
             began = time.perf_counter()
-            merge(mergekit_config(pair, config), folder, config.get("random_seed"))
+            with prepass_of(variant):
+                merge(mergekit_config(pair, config), folder, config.get("random_seed"))
             record["seconds"] = round(time.perf_counter() - began, 2)
             coefficients = folder / "rpam" / "coefficients.safetensors"
             if coefficients.exists():
@@ -112,38 +115,6 @@ def merge(config: dict[str, Any], folder: Path, random_seed: int | None) -> None
     )
 
 
-def calibrated(pair: Pair, job: Job, scratch: Path) -> dict[str, Any]:
-    """Return the parameters with the calibration file; some of its labels flipped."""
-    parameters = dict(job.config["parameters"])
-    file = calibration(pair)
-    share = parameters.pop("flipped", 0.0)
-    if share:
-        rng = random.Random(f"flipped-{parameters['seed']}")
-        said = {way: first_responses(pair, way) for way in ("long", "short")}
-        flipped = []
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
-            if rng.random() < share:
-                way = "short" if record["pattern"] == "long" else "long"
-                response = said[way][record["prompt"]]
-                record |= {"pattern": way, "response": response}
-            flipped.append(json.dumps(record))
-        file = scratch / "flipped.jsonl"
-        file.write_text("\n".join(flipped) + "\n")
-    return {**parameters, "calibration": str(file)}
-
-
-def calibration(pair: Pair) -> Path:
-    return pair.cache / "calibration.jsonl"
-
-
-def first_responses(pair: Pair, way: str) -> dict[str, str]:
-    """Return an expert's first sampled response to every query."""
-    lines = (pair.cache / f"{way}.samples.jsonl").read_text().splitlines()[1:]
-    records = [json.loads(line) for line in lines]
-    return {r["question"]: r["responses"][0]["text"] for r in records}
-
-
 def digest(pair: Pair) -> str:
     """Return a digest of both experts' weights and the calibration file."""
     found = hashlib.sha256()
@@ -157,7 +128,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return all settings of an RPAM merge, today's defaults among them."""
     if config.get("merge_method") != "rpam":
         return None
-    given = {k: v for k, v in config["parameters"].items() if k != "flipped"}
+    given = {k: v for k, v in config["parameters"].items() if k not in STUDYS_OWN}
     return parse_settings(given).model_dump()
 
 
