@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -176,7 +175,8 @@ def write_coefficients(
 ) -> None:
     """Write a coefficients file whole or not at all; the same inputs, the same bytes.
 
-    `entries`: tensor name -> part -> float32 tensor. `metadata` must be JSON.
+    `entries`: tensor name -> part -> float32 tensor. `metadata` must be JSON. It is on
+    disk when this returns. One writer at a time. Raises `OSError`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,22 +185,23 @@ def write_coefficients(
         for name, parts in entries.items()
         for part, value in parts.items()
     }
+    # Scalars of one module are one tensor: safetensors refuses shared storage.
+    tensors = {n: v if v.dim() else v.clone() for n, v in tensors.items()}
     content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
+    partial = path.with_name(path.name + ".partial")
     try:
-        # Scalars of one module are one tensor: safetensors refuses shared storage.
-        save_file(
-            {name: value.clone() for name, value in tensors.items()},
-            temporary,
-            metadata={METADATA_KEY: content},
-        )
+        save_file(tensors, partial, metadata={METADATA_KEY: content})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

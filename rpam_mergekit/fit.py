@@ -9,24 +9,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from filelock import FileLock, Timeout
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from transformers import AutoTokenizer
 
 from rpam_mergekit import __version__
 from rpam_mergekit.check import MergeRequest, check_config, config_notes
-from rpam_mergekit.checkpoint import Layout, content_digest, plan_layout
+from rpam_mergekit.checkpoint import Layout, MergeModels, content_digest, plan_layout
 from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prepass import LayerReport, PrePass
+from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.solved import LayerReport, Solution, SolvedLayers, folder_of
 from rpam_mergekit.tables import aligned
 
 # Raised whenever the same inputs would give other coefficients than before.
@@ -49,8 +52,7 @@ def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
         planner.arch_info, planner.out_model_config, [models.base, models.other]
     )
     path = Path(request.settings.coefficients or Path(out_path) / IN_OUTPUT)
-    file = CoefficientsFile(path) if path.exists() else None
-    if request.calibration is None and file is None:
+    if request.calibration is None and not path.exists():
         raise RpamError(
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
@@ -60,48 +62,97 @@ def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
     queries: list[EncodedQuery] = []
     if request.calibration is not None:
         queries = _encode(planner, request)
-    fingerprint = _fingerprint(request, layout, config, queries)
-    if file is not None:
-        if _reusable(file, fingerprint, request, layout):
+    fixed = request.fixed_weights(layout)
+    fingerprint = _fingerprint(request, fixed, config, queries)
+    if request.calibration is None:
+        _reusable(path, fingerprint, request, layout)
+        _say(f"rpam: coefficients taken from {path}", options)
+        return path, layout
+    with _alone(path, options):
+        if path.exists() and _reusable(path, fingerprint, request, layout):
             _say(f"rpam: coefficients reused from {path}", options)
             return path, layout
-        del file
-    decoder = Decoder(
-        models.base.config(trust_remote_code=options.trust_remote_code),
-        options.device or "cpu",
-        options.trust_remote_code,
-    )
-    prepass = PrePass(
-        models,
-        layout,
-        decoder,
-        make_batches(queries, request.settings.batch_size, pad_id=0),
-        request.settings,
-        dtype=config.dtype,
-        out_dtype=config.out_dtype,
-        fixed=request.fixed_weights(layout),
-        quiet=options.quiet,
-    )
-    solution = prepass.run()
-    write_coefficients(
-        path,
-        solution.entries,
-        {
-            "version": __version__,
-            "models": {
-                "base": _public_name(models.base),
-                "other": _public_name(models.other),
-            },
-            "fingerprint": fingerprint,
-            "layers": [dataclasses.asdict(report) for report in solution.layers],
-        },
-    )
-    _say(layer_table(solution.layers), options)
+        solved = SolvedLayers(unfinished(path) / folder_of(fingerprint))
+        if solved:
+            _say(
+                f"rpam: {len(solved)} of {len(layout.layers)} layers were solved by a "
+                f"run that did not end; going on behind them ({solved.folder})",
+                options,
+            )
+        prepass = PrePass(
+            models,
+            layout,
+            Decoder(
+                models.base.config(trust_remote_code=options.trust_remote_code),
+                options.device or "cpu",
+                options.trust_remote_code,
+            ),
+            make_batches(queries, request.settings.batch_size, pad_id=0),
+            request.settings,
+            dtype=config.dtype,
+            out_dtype=config.out_dtype,
+            fixed=fixed,
+            quiet=options.quiet,
+        )
+        solution = prepass.run(solved)
+        _write(path, solution, models, fingerprint)
+        _say(layer_table(solution.layers), options)
+        solved.remove()
     _say(f"rpam: coefficients written to {path}", options)
-    del prepass, decoder, solution
+    del prepass, solution
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return path, layout
+
+
+def unfinished(path: Path) -> Path:
+    """Return the folder of what runs that did not end have solved for `path`."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def _write(
+    path: Path,
+    solution: Solution,
+    models: MergeModels,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    metadata = {
+        "version": __version__,
+        "models": {
+            "base": _public_name(models.base),
+            "other": _public_name(models.other),
+        },
+        "fingerprint": fingerprint,
+        "layers": [dataclasses.asdict(report) for report in solution.layers],
+    }
+    try:
+        write_coefficients(path, solution.entries, metadata)
+    except OSError as error:
+        raise RpamError(
+            f"{path} cannot be written: {error}. All layers are solved and safe in "
+            f"{unfinished(path)}. Make room, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def _alone(path: Path, options: Any) -> Iterator[None]:
+    """Let one run at a time make the coefficients file at `path`; others wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _say(f"rpam: waiting for another run that makes {path}", options)
+            lock.acquire()
+    except OSError as error:
+        raise RpamError(
+            f"parameters.coefficients: {path} cannot be written: {error}. Name "
+            "another file."
+        ) from error
+    with lock:
+        lock.release()  # as often as it is acquired
+        yield
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:
@@ -154,7 +205,10 @@ def _encode(planner: Any, request: MergeRequest) -> list[EncodedQuery]:
 
 
 def _fingerprint(
-    request: MergeRequest, layout: Layout, config: Any, queries: Sequence[EncodedQuery]
+    request: MergeRequest,
+    fixed: Mapping[str, float],
+    config: Any,
+    queries: Sequence[EncodedQuery],
 ) -> dict[str, Any]:
     calibration = request.calibration
     encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
@@ -168,19 +222,20 @@ def _fingerprint(
         "settings": request.settings.model_dump(
             exclude={"calibration", "coefficients", "preset"}
         ),
-        "fixed": request.fixed_weights(layout),
+        "fixed": dict(fixed),
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
     }
 
 
 def _reusable(
-    file: CoefficientsFile,
+    path: Path,
     fingerprint: Mapping[str, Any],
     request: MergeRequest,
     layout: Layout,
 ) -> bool:
-    """Tell whether `file` was made from the same inputs; refuse other models' files."""
+    """Tell whether a file was made from these inputs; refuse other models' files."""
+    file = CoefficientsFile(path)
     made_from = file.metadata["fingerprint"]
     for role in ("base", "other"):
         if made_from[role] != fingerprint[role]:

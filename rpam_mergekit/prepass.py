@@ -13,8 +13,7 @@ time, besides the activations of the calibration set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.experts import ExpertWeights, Weights, float32
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.solved import OUTSIDE, LayerReport, LayerSolution, Solution
 from rpam_mergekit.streams import (
     Stream,
     divergence,
@@ -41,32 +41,6 @@ from rpam_mergekit.streams import (
     objective,
     weigh_tokens,
 )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One solved layer: the relative gap to the positive expert, and its coefficients.
-
-    The gap is the alignment term: 0 at the positive expert, 1 as far from it as the
-    negative one; `gap_before` is that of the initial coefficients. `divergence`: how
-    far apart the experts are, see `streams.divergence`; `optimised`: false where the
-    coefficients kept their initial values.
-    """
-
-    layer: int
-    gap_before: float
-    gap_after: float
-    mean_coefficient: float
-    divergence: float
-    optimised: bool
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Coefficient parts of every merged tensor, and a report for every layer."""
-
-    entries: dict[str, dict[str, torch.Tensor]]
-    layers: list[LayerReport]
 
 
 class PrePass:
@@ -97,29 +71,42 @@ class PrePass:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.streams: list[Stream] = []
 
-    def run(self) -> Solution:
+    def run(self, solved: MutableMapping[int, LayerSolution] | None = None) -> Solution:
         """Return the solved coefficients of every tensor of the layout.
 
-        Raises `RpamError` if a layer's objective stops being a finite number.
+        Every layer is put into `solved` before the next begins; those that are in it
+        already, of a run on the same inputs, are not solved again. Raises `RpamError`
+        if a layer's objective stops being a finite number.
         """
-        entries = self._enter()
+        solution = Solution({} if solved is None else solved, len(self.layout.layers))
+        outside = self._enter()
+        solution.solved[OUTSIDE] = LayerSolution(outside, None, self._state)
         chosen = self._most_divergent()
-        reports = []
         solves = self.settings.epochs * len(self.batches)
         with tqdm(
-            total=len(self.layout.layers) * solves,
+            total=solution.count * solves,
             desc="rpam pre-pass",
             unit="step",
             disable=self.quiet,
         ) as progress:
-            for index in range(len(self.layout.layers)):
-                progress.set_postfix(layer=f"{index + 1}/{len(self.layout.layers)}")
-                solved, report = self._solve_layer(index, index in chosen, progress)
-                entries.update(solved)
-                reports.append(report)
+            for index in range(solution.count):
+                progress.set_postfix(layer=f"{index + 1}/{solution.count}")
+                if index in solution.solved:
+                    self._repeat(index, solution.solved[index])
+                    progress.initial += solves  # so that the rate is that of this run
+                else:
+                    entries, report = self._solve_layer(
+                        index, index in chosen, progress
+                    )
+                    solution.solved[index] = LayerSolution(entries, report, self._state)
                 progress.n = (index + 1) * solves  # L-BFGS may need fewer
                 progress.refresh()
-        return Solution(entries, reports)
+        return solution
+
+    @property
+    def _state(self) -> bytes:
+        """The state of the random generator."""
+        return self.generator.get_state().numpy().tobytes()
 
     def _enter(self) -> dict[str, dict[str, torch.Tensor]]:
         """Record all batches; return the coefficients of what is outside the layers."""
@@ -186,6 +173,17 @@ class PrePass:
             stream.base, stream.other = base_states, other_states
         order = sorted(range(count), key=lambda index: -divergences[index])
         return set(order[:most])
+
+    def _repeat(self, index: int, solution: LayerSolution) -> None:
+        """Send the streams through a layer that has been solved before."""
+        relative, base, other = self.experts.layer(index)
+        self._run_experts(index, float32(base), float32(other))
+        solved = {relative[name]: parts for name, parts in solution.entries.items()}
+        merged = self._advanced(index, base, other, solved)
+        for stream, hidden in zip(self.streams, merged, strict=True):
+            stream.merged = hidden
+        state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
+        self.generator.set_state(state)
 
     def _solve_layer(
         self, index: int, optimised: bool, progress: tqdm

@@ -313,7 +313,8 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
             for o in originals
         ]
         path = pair.cache / f"{way}.samples.jsonl"
-        path.write_text("\n".join(map(json.dumps, [{"header": 1}, *said])) + "\n")
+        lines = [{"header": 1}, *said, {"finished": {"queries": len(said)}}]
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     job = jobs.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
     parameters = calibrations.calibrated(pair, job, tmp_path)
     written = Path(parameters["calibration"]).read_text().splitlines()

@@ -65,4 +65,6 @@ def first_responses(pair: Pair, way: str) -> dict[str, str]:
     """Return an expert's first sampled response to every query."""
     lines = (pair.cache / f"{way}.samples.jsonl").read_text().splitlines()[1:]
     records = [json.loads(line) for line in lines]
-    return {r["question"]: r["responses"][0]["text"] for r in records}
+    return {
+        r["question"]: r["responses"][0]["text"] for r in records if "question" in r
+    }

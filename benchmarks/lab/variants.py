@@ -14,7 +14,8 @@ from tqdm import tqdm
 import rpam_mergekit.fit
 from rpam_mergekit.coefficients import LayerCoefficients
 from rpam_mergekit.experts import Weights, float32
-from rpam_mergekit.prepass import PrePass, Solution
+from rpam_mergekit.prepass import PrePass
+from rpam_mergekit.solved import OUTSIDE, Solution
 from rpam_mergekit.streams import Stream, gap
 
 
@@ -28,8 +29,8 @@ class LearnedOutside(PrePass):
     EMBEDDINGS = ("model.embed_tokens.weight",)
     LEAVING = ("model.norm.weight", "lm_head.weight")
 
-    def run(self) -> Solution:
-        solution = super().run()
+    def run(self, solved: Any = None) -> Solution:
+        solution = super().run(solved)
         model = self.decoder.model
         norm, head = model.get_submodule("model.norm"), model.get_submodule("lm_head")
 
@@ -38,7 +39,11 @@ class LearnedOutside(PrePass):
             normed = functional_call(norm, {"weight": scale}, (hidden,))
             return functional_call(head, {"weight": rows}, (normed,))
 
-        solution.entries.update(self._learn(self.LEAVING, leave, self.streams))
+        outside = solution.solved[OUTSIDE]
+        leaving = self._learn(self.LEAVING, leave, self.streams)
+        solution.solved[OUTSIDE] = replace(
+            outside, entries={**outside.entries, **leaving}
+        )
         return solution
 
     def _enter(self) -> dict[str, Weights]:
