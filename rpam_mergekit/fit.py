@@ -150,9 +150,10 @@ def _alone(path: Path, options: Any) -> Iterator[None]:
             f"parameters.coefficients: {path} cannot be written: {error}. Name "
             "another file."
         ) from error
-    with lock:
-        lock.release()  # as often as it is acquired
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:

@@ -20,6 +20,7 @@ from conftest import QUICKSTART, ROOT
 from safetensors.torch import load_file
 
 from rpam_mergekit.coefficients import CoefficientsFile, written
+from rpam_mergekit.samples import Response, SampledQuery, SampleWriter
 
 LAB = ROOT / "benchmarks" / "lab"
 sys.path.insert(0, str(LAB))
@@ -308,13 +309,17 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
     calibrations.calibration(pair).write_text("\n".join(lines) + "\n")
     originals = [json.loads(line) for line in lines]
     for way in ("long", "short"):
-        said = [
-            {"question": o["prompt"], "responses": [{"text": f"by {way}"}]}
-            for o in originals
-        ]
-        path = pair.cache / f"{way}.samples.jsonl"
-        lines = [{"header": 1}, *said, {"finished": {"queries": len(said)}}]
-        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        with SampleWriter(pair.cache / f"{way}.samples.jsonl", {}) as samples:
+            for index, original in enumerate(originals):
+                samples.append(
+                    SampledQuery(
+                        index=index,
+                        question=original["prompt"],
+                        messages=(),
+                        responses=(Response(text=f"by {way}"),),
+                    )
+                )
+            samples.finish()
     job = jobs.rpam(pair, "ablations", "flipped", 0, flipped=0.3)
     parameters = calibrations.calibrated(pair, job, tmp_path)
     written = Path(parameters["calibration"]).read_text().splitlines()

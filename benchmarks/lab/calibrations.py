@@ -10,6 +10,8 @@ from typing import Any
 from jobs import Job
 from pairs import Pair
 
+from rpam_mergekit.samples import SampleReader
+
 
 def calibration(pair: Pair) -> Path:
     """Return the pair's calibration file, which `training.calibrate` makes."""
@@ -63,8 +65,5 @@ def drawn(
 
 def first_responses(pair: Pair, way: str) -> dict[str, str]:
     """Return an expert's first sampled response to every query."""
-    lines = (pair.cache / f"{way}.samples.jsonl").read_text().splitlines()[1:]
-    records = [json.loads(line) for line in lines]
-    return {
-        r["question"]: r["responses"][0]["text"] for r in records if "question" in r
-    }
+    samples = SampleReader(pair.cache / f"{way}.samples.jsonl")
+    return {query.question: query.responses[0].text for query in samples}
