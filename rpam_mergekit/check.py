@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.calibration import PATTERNS, CalibrationSet, read_calibration
 from rpam_mergekit.checkpoint import Layout, MergeModels, compare_shapes
 from rpam_mergekit.errors import RpamError, refuse, suggestion
+from rpam_mergekit.references import notes, read_config
 from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings, parse_settings
 
 NAME = "rpam"
@@ -235,16 +237,13 @@ def _listed(models: list[ModelReference]) -> str:
 
 
 def _compare_models(models: MergeModels, options: MergeOptions) -> list[str]:
-    configs, findings = {}, []
-    for model in (models.base, models.other):
-        try:
-            configs[model] = model.config(trust_remote_code=options.trust_remote_code)
-        except Exception as error:
-            first_line = str(error).strip().split("\n")[0]
-            findings.append(f"{model}: its config cannot be loaded: {first_line}")
+    findings: list[str] = []
+    base, other = (
+        _collect(findings, partial(read_config, model, options))
+        for model in (models.base, models.other)
+    )
     if findings:
         return findings
-    base, other = configs[models.base], configs[models.other]
     if base.architectures != other.architectures:
         return [
             f"the architectures differ: {models.base} is {_name(base)}, "
@@ -252,7 +251,7 @@ def _compare_models(models: MergeModels, options: MergeOptions) -> list[str]:
             "model."
         ]
     for key in SAME_CONFIG:
-        mine, its = (getattr(c.get_text_config(), key, None) for c in (base, other))
+        mine, its = (_value(c.get_text_config(), key) for c in (base, other))
         if mine != its:
             advice = ""
             if key == "vocab_size":
@@ -261,22 +260,34 @@ def _compare_models(models: MergeModels, options: MergeOptions) -> list[str]:
                 f"{key} differs: {mine} in {models.base}, {its} in {models.other}."
                 f"{advice}"
             )
-    return findings or compare_shapes(models.base, models.other)
+    if not findings:
+        shapes = partial(compare_shapes, models.base, models.other)
+        findings += _collect(findings, shapes) or []
+    return findings
 
 
 def config_notes(models: MergeModels, options: MergeOptions) -> list[str]:
-    """Return notes on config values in which the models differ but may be merged."""
+    """Return what is worth a look though it may be merged, once models are loaded."""
     base, other = (
         m.config(trust_remote_code=options.trust_remote_code).get_text_config()
         for m in (models.base, models.other)
     )
-    return [
-        f"{key} differs: {getattr(base, key, None)} in {models.base}, "
-        f"{getattr(other, key, None)} in {models.other}; the merged model has the "
+    found = notes(models.base, options) + notes(models.other, options)
+    return found + [
+        f"{key} differs: {_value(base, key)} in {models.base}, "
+        f"{_value(other, key)} in {models.other}; the merged model has the "
         "base's, and both are run with it"
         for key in TAKEN_FROM_BASE
-        if getattr(base, key, None) != getattr(other, key, None)
+        if _value(base, key) != _value(other, key)
     ]
+
+
+def _value(config: Any, key: str) -> Any:
+    """Return a config's value, None where it has none or one for each layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # by which transformers refuses one for all layers
+        return None
 
 
 def _name(config: Any) -> str:

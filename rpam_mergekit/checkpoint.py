@@ -8,8 +8,8 @@ experts whose tensors transformers fuses. What is read here is what is merged la
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from mergekit.architecture import (
 )
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
+from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from rpam_mergekit.errors import RpamError, refuse
+from rpam_mergekit.errors import RpamError, first_line, refuse
 
 SHAPE_FINDINGS = 5
 
@@ -42,10 +43,14 @@ class MergeModels:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a merge: one tuple per decoder layer, and those outside them."""
+    """The tensors of a merge: one tuple per decoder layer, and those outside them.
+
+    `entering` are those outside that come before the layers, the embeddings.
+    """
 
     layers: tuple[tuple[WeightInfo, ...], ...]
     outside: tuple[WeightInfo, ...]
+    entering: tuple[WeightInfo, ...]
 
 
 def plan_layout(
@@ -61,7 +66,7 @@ def plan_layout(
     if len(architecture.modules) != 1:
         raise RpamError(
             "models of several modules are not supported (found: "
-            f"{', '.join(architecture.modules)}). rpam merges the decoder of a "
+            f"{', '.join(sorted(architecture.modules))}). rpam merges the decoder of a "
             "text-only causal language model."
         )
     (module,) = architecture.modules.values()
@@ -69,22 +74,37 @@ def plan_layout(
         info=module.architecture, config=config, weight_prefix=module.weight_prefix
     )
     findings: list[str] = []
+    nowhere: list[str] = []
 
     def present(of: Sequence[WeightInfo]) -> tuple[WeightInfo, ...]:
-        return tuple(w for w in of if _present(w, models, findings))
+        return tuple(w for w in of if _present(w, models, findings, nowhere))
 
     layers = tuple(
         present(weights.layer_weights(i)) for i in range(weights.num_layers())
     )
-    outside = present([*weights.pre_weights(), *weights.post_weights()])
+    entering = present(weights.pre_weights())
+    outside = (*entering, *present(weights.post_weights()))
+    if nowhere:
+        more = f" and {len(nowhere) - 1} more" if len(nowhere) > 1 else ""
+        raise RpamError(
+            f"no model has the tensor {nowhere[0]}{more}, which mergekit's definition "
+            f"of '{config.model_type}' requires. Such models cannot be merged by this "
+            "version of mergekit."
+        )
     refuse(findings[:SHAPE_FINDINGS])
-    return Layout(layers, outside)
+    return Layout(layers, outside, entering)
 
 
 def _present(
-    weight: WeightInfo, models: Sequence[ModelReference], findings: list[str]
+    weight: WeightInfo,
+    models: Sequence[ModelReference],
+    findings: list[str],
+    nowhere: list[str],
 ) -> bool:
-    """Tell whether mergekit will merge `weight`: planned and held by all models."""
+    """Tell whether mergekit will merge `weight`: planned and held by all models.
+
+    One that some lack is put into `findings`, one that all lack into `nowhere`.
+    """
     names = {weight.name, *(weight.aliases or ())}
     held = [set(LoaderCache().get(model).index.tensor_paths) for model in models]
     tied = set(weight.tied_names or ())
@@ -93,9 +113,12 @@ def _present(
         return False  # mergekit's planner skips it
     for position, (model, keys) in enumerate(zip(models, held, strict=True)):
         if not has[position]:
-            model_type = model.config().model_type
+            trusted = LoaderCache().trust_remote_code
+            model_type = model.config(trust_remote_code=trusted).model_type
             has[position] = can_convert_checkpoint_keys(model_type, keys, weight.name)
-    if not all(has):
+    if not any(has):
+        nowhere.append(weight.name)
+    elif not all(has):
         lacking = models[has.index(False)]
         findings.append(f"{lacking}: tensor {weight.name} is missing.")
     return all(has)
@@ -109,17 +132,22 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Return `weights` of `model` by mergekit's names, cast as the merge casts them.
 
-    `dtype` is the config's `dtype:`; without one the checkpoint's own stays.
+    `dtype` is the config's `dtype:`; without one the checkpoint's own stays. mergekit
+    keeps the last shard of a .bin checkpoint where it was read to, whole: in memory,
+    not on the device.
     """
+    safetensors = LoaderCache().get(model).index.is_safetensors
     return {
         weight.name: LoadTensor(
             model=model,
             tensor=weight.name,
             dtype=weight.force_dtype or dtype,
-            device=device,
+            device=device if safetensors else "cpu",
             aliases=weight.aliases,
             tied_names=weight.tied_names,
-        ).execute()
+        )
+        .execute()
+        .to(device)
         for weight in weights
     }
 
@@ -129,9 +157,9 @@ def compare_shapes(
     second: ModelReference,
     embeddings: Sequence[str] = ("embed", "wte", "lm_head", "output"),
 ) -> list[str]:
-    """Return findings on tensors whose shapes differ, read from safetensors headers.
+    """Return findings on tensors whose shapes differ, read from the files' headers.
 
-    Models that are not local folders of safetensors are not compared.
+    Models whose weights are not on this disk yet are not compared.
     """
     one, two = _shapes(first), _shapes(second)
     if one is None or two is None:
@@ -153,30 +181,65 @@ def compare_shapes(
 
 
 def _shapes(model: ModelReference) -> Mapping[str, tuple[int, ...]] | None:
+    index = _index(model)
+    if index is None:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(set(index.tensor_paths.values())):
+        path = Path(index.base_path) / shard
+        try:
+            shapes |= _shapes_in(path)
+        except Exception as error:
+            raise RpamError(f"{path} cannot be read: {first_line(error)}") from error
+    return shapes
+
+
+def _shapes_in(shard: Path) -> dict[str, tuple[int, ...]]:
+    if shard.suffix.lower() == ".safetensors":
+        with safe_open(shard, framework="pt") as file:
+            return {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+    tensors = torch.load(
+        shard, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(shard)
+    )
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _index(model: ModelReference) -> ShardedTensorIndex | None:
+    """Return the index of a model whose weights are on this disk; downloads nothing."""
+    if model in LoaderCache().loaders:
+        return LoaderCache().get(model).index
     folder = Path(model.model.path)
     if model.lora is not None or not folder.is_dir():
         return None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(_shard_names(folder)):
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in file.keys():
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes or None
-
-
-def _shard_names(folder: Path) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return {"model.safetensors"} if (folder / "model.safetensors").exists() else set()
+    return ShardedTensorIndex.from_disk(str(folder))
 
 
 def content_digest(model: ModelReference) -> str:
-    """Return the SHA-256 of a model's weight files, shard after shard by name."""
+    """Return the SHA-256 of a model's weight files, shard after shard by name.
+
+    Of a model with an adapter, these are the files it was merged into.
+    """
     index = LoaderCache().get(model).index
-    digest = hashlib.sha256()
-    for shard in sorted(set(index.tensor_paths.values())):
-        with open(Path(index.base_path) / shard, "rb") as file:
+    return digest(Path(index.base_path) / s for s in set(index.tensor_paths.values()))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Return the SHA-256 of files, one after the other by name."""
+    content = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, "rb") as file:
             while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+                content.update(block)
+    return content.hexdigest()
+
+
+def unreadable(folder: Path) -> str | None:
+    """Return what keeps mergekit from reading a model folder's weights, or None."""
+    try:
+        index = ShardedTensorIndex.from_disk(str(folder))
+    except Exception as error:
+        return f"{first_line(error)}."
+    for shard in sorted(set(index.tensor_paths.values())):
+        if not (folder / shard).exists():
+            return f"{shard} is missing, which the index in {folder} names."
+    return None

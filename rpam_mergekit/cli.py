@@ -18,19 +18,34 @@ from rpam_mergekit.cli_sampling import (
     sample,
 )
 
+COMMANDS = ("sample", "grade", "label", "fit", "merge", "sweep", "compare", "report")
+
 
 class _Group(click.Group):
-    """Loads `merge`, which needs mergekit and torch, only when it is asked for."""
+    """Loads `fit` and `merge`, which need mergekit and torch, only when asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["sample", "grade", "label", "merge", "sweep", "compare", "report"]
+        return [
+            "sample",
+            "grade",
+            "label",
+            "fit",
+            "merge",
+            "sweep",
+            "compare",
+            "report",
+        ]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name != "merge":
+        if name not in ("fit", "merge"):
             return super().get_command(ctx, name)
         from rpam_mergekit.method import activate
 
         activate()
+        if name == "fit":
+            from rpam_mergekit.cli_fit import fit_command
+
+            return fit_command
         # After `activate`: it takes the name `run_merge` from mergekit at its import.
         from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -48,6 +63,7 @@ class _Group(click.Group):
             (name, command.get_short_help_str(limit=80))
             for name, command in self.commands.items()
         ]
+        rows.append(("fit", "Run the pre-pass only, by one process or many."))
         rows.append(("merge", "Run a merge config, as mergekit-yaml does."))
         rows.sort(key=lambda row: self.list_commands(ctx).index(row[0]))
         with formatter.section("Commands"):

@@ -161,6 +161,19 @@ class LayerCoefficients:
         }
 
 
+def count_numbers(shape: torch.Size, granularity: str, rank: int) -> int:
+    """Return how many numbers the file has for a weight of `shape`."""
+    if granularity in ("layer", "module", "tensor"):
+        return 1
+    if granularity == "element" or len(shape) < 2:
+        return shape.numel()
+    rows = shape[:-1].numel()
+    if granularity == "row":
+        return rows
+    experts = shape[:-2].numel()
+    return (rows + experts * shape[-1]) * (1 + rank)
+
+
 def _group(name: str, granularity: str) -> str:
     """Return what shares a scalar with `name`: its layer, its module, or nothing."""
     if granularity == "layer":

@@ -37,3 +37,8 @@ def refuse(findings: Sequence[str]) -> None:
     """Raise `RpamError` if there is any finding."""
     if findings:
         raise RpamError(*findings)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -32,11 +32,14 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from rpam_mergekit.adapters import merge_adapters
 from rpam_mergekit.check import NAME, check_config, check_keys, weight_parameter
 from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.coefficients import open_coefficients, written
+from rpam_mergekit.completeness import check_complete
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.fit import fit
+from rpam_mergekit.references import reachable
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "
@@ -125,7 +128,10 @@ def hook_planner(module: Any) -> None:
 
 
 def hook_run_merge(module: Any) -> None:
-    """Let `run_merge` of `mergekit.merge` check the config before any download."""
+    """Let `run_merge` of `mergekit.merge` check the config before any download.
+
+    And the model when it is written.
+    """
 
     def around(original: Any) -> Any:
         @functools.wraps(original)
@@ -135,9 +141,15 @@ def hook_run_merge(module: Any) -> None:
             options: Any,
             config_source: str | None = None,
         ) -> Any:
-            if merge_config.merge_method == NAME:
-                check_config(merge_config, options, config_source)
-            return original(merge_config, out_path, options, config_source)
+            if merge_config.merge_method != NAME:
+                return original(merge_config, out_path, options, config_source)
+            with reachable(options):
+                request = check_config(merge_config, options, config_source)
+                models = request.models
+                merge_adapters((models.base, models.other), options)
+                result = original(merge_config, out_path, options, config_source)
+                check_complete(out_path, models.base, options.trust_remote_code)
+            return result
 
         return run_merge
 

@@ -7,40 +7,42 @@
    outputs once, minimise the objective over the coefficients, and send the merged
    stream through the merged weights exactly as they will be written.
 
-Knows nothing of mergekit's planner. Two decoder layers' weights are in memory at a
-time, besides the activations of the calibration set.
+Knows nothing of mergekit's planner. One decoder layer's weights are in memory at a
+time, of both models; the calibration set's activations lie where the shelf is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from rpam_mergekit import solver
+from rpam_mergekit.activations import Shelf
 from rpam_mergekit.checkpoint import Layout, MergeModels
 from rpam_mergekit.coefficients import (
     LayerCoefficients,
     add_task_vector,
     coefficient,
-    task_vector,
 )
-from rpam_mergekit.decoder import Call, Decoder
+from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.experts import ExpertWeights, Weights, float32
+from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
+from rpam_mergekit.memory import knobs
+from rpam_mergekit.parallel import Processes
 from rpam_mergekit.prompts import Batch
+from rpam_mergekit.recording import Recorder
 from rpam_mergekit.settings import RpamSettings
-from rpam_mergekit.solved import OUTSIDE, LayerReport, LayerSolution, Solution
-from rpam_mergekit.streams import (
-    Stream,
-    divergence,
-    expert_distance,
-    gap,
-    objective,
-    weigh_tokens,
+from rpam_mergekit.solved import (
+    OUTSIDE,
+    Entries,
+    LayerReport,
+    LayerSolution,
+    Solution,
 )
+from rpam_mergekit.streams import Stream, divergence, expert_distance, gap, objective
 
 
 class PrePass:
@@ -57,9 +59,14 @@ class PrePass:
         dtype: str | None = None,
         out_dtype: str | None = None,
         fixed: Mapping[str, float] | None = None,
+        shelf: Shelf | None = None,
+        processes: Processes | None = None,
         quiet: bool = False,
     ) -> None:
-        """`dtype` and `out_dtype` are the config's; `fixed` maps tensors to weights."""
+        """`dtype` and `out_dtype` are the config's; `fixed` maps tensors to weights.
+
+        `shelf` is where activations lie, by default the device.
+        """
         self.models = models
         self.layout = layout
         self.decoder = decoder
@@ -67,7 +74,9 @@ class PrePass:
         self.batches = batches
         self.settings = settings
         self.fixed = dict(fixed or {})
-        self.quiet = quiet
+        self.shelf = shelf or Shelf(device=decoder.device)
+        self.processes = processes or Processes()
+        self.quiet = quiet or self.processes.rank > 0
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.streams: list[Stream] = []
 
@@ -76,12 +85,26 @@ class PrePass:
 
         Every layer is put into `solved` before the next begins; those that are in it
         already, of a run on the same inputs, are not solved again. Raises `RpamError`
-        if a layer's objective stops being a finite number.
+        if a layer's objective stops being a finite number, and where memory ends.
         """
         solution = Solution({} if solved is None else solved, len(self.layout.layers))
-        outside = self._enter()
-        solution.solved[OUTSIDE] = LayerSolution(outside, None, self._state)
-        chosen = self._most_divergent()
+        with knobs(self.settings, self.shelf):
+            self._run(solution)
+        return solution
+
+    def _run(self, solution: Solution) -> None:
+        done = self.processes.tell(set(solution.solved))
+        recorder = Recorder(
+            self.decoder,
+            self.experts,
+            self.batches,
+            self.settings,
+            self.shelf,
+            self.processes,
+        )
+        chosen = self._most_divergent(recorder)
+        self.streams = self._entered(recorder)
+        solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
         solves = self.settings.epochs * len(self.batches)
         with tqdm(
             total=solution.count * solves,
@@ -91,7 +114,7 @@ class PrePass:
         ) as progress:
             for index in range(solution.count):
                 progress.set_postfix(layer=f"{index + 1}/{solution.count}")
-                if index in solution.solved:
+                if index in done:
                     self._repeat(index, solution.solved[index])
                     progress.initial += solves  # so that the rate is that of this run
                 else:
@@ -101,57 +124,24 @@ class PrePass:
                     solution.solved[index] = LayerSolution(entries, report, self._state)
                 progress.n = (index + 1) * solves  # L-BFGS may need fewer
                 progress.refresh()
-        return solution
 
     @property
     def _state(self) -> bytes:
         """The state of the random generator."""
         return self.generator.get_state().numpy().tobytes()
 
-    def _enter(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Record all batches; return the coefficients of what is outside the layers."""
-        names = [w.name for w in self.layout.outside]
-        entries = {
-            name: {
-                "scalar": torch.tensor(
-                    self.fixed.get(name, self.settings.outside_weight)
-                )
-            }
-            for name in names
+    def _outside(self) -> Entries:
+        """Return the coefficients of what is outside the layers."""
+        weight = self.settings.outside_weight
+        return {
+            w.name: {"scalar": torch.tensor(self.fixed.get(w.name, weight))}
+            for w in self.layout.outside
         }
-        base, other = self.experts.outside()
-        merged = {
-            name: self.experts.written(name, base[name], other[name], entries[name])
-            for name in names
-        }
-        base, other = float32(base), float32(other)
-        device = self.decoder.device
-        weighed = weigh_tokens(self.batches, self.settings)
-        for batch, (of_tokens, shares) in zip(self.batches, weighed, strict=True):
-            states: dict[str, torch.Tensor] = {}
-            calls: list[Call] = []
-            for expert, weights in {
-                "base": base,
-                "other": other,
-                "merged": merged,
-            }.items():
-                states[expert], calls = self.decoder.record(
-                    weights, batch.input_ids, batch.attention_mask
-                )
-            positive = [p == self.models.other_pattern for p in batch.patterns]
-            self.streams.append(
-                Stream(
-                    calls=calls,
-                    **states,
-                    counted=batch.attention_mask.bool().to(device),
-                    other_is_positive=torch.tensor(positive, device=device),
-                    token_weights=of_tokens.to(device),
-                    shares=shares.to(device),
-                )
-            )
-        return entries
 
-    def _most_divergent(self) -> set[int]:
+    def _entered(self, recorder: Recorder) -> list[Stream]:
+        return recorder.streams(self._outside(), self.models.other_pattern)
+
+    def _most_divergent(self, recorder: Recorder) -> set[int]:
         """Return the layers to optimise: the share in which the experts differ most.
 
         Sends both experts through all layers once, unless all are to be optimised.
@@ -160,38 +150,34 @@ class PrePass:
         most = max(1, round(self.settings.layers * count))
         if most == count:
             return set(range(count))
-        entered = [(stream.base, stream.other) for stream in self.streams]
+        self.streams = self._entered(recorder)
         divergences = []
-        layers = tqdm(range(count), desc="divergence", disable=self.quiet)
-        for index in layers:
+        for index in tqdm(range(count), desc="divergence", disable=self.quiet):
             _, base, other = self.experts.layer(index)
-            self._run_experts(index, float32(base), float32(other))
-            divergences.append(divergence(self.streams))
-        for stream, (base_states, other_states) in zip(
-            self.streams, entered, strict=True
-        ):
-            stream.base, stream.other = base_states, other_states
+            self._run_experts(index, base, other)
+            divergences.append(divergence(self.streams, self.processes))
         order = sorted(range(count), key=lambda index: -divergences[index])
         return set(order[:most])
 
     def _repeat(self, index: int, solution: LayerSolution) -> None:
         """Send the streams through a layer that has been solved before."""
         relative, base, other = self.experts.layer(index)
-        self._run_experts(index, float32(base), float32(other))
+        self._run_experts(index, base, other)
+        weights = self.experts.merging(base, other)
         solved = {relative[name]: parts for name, parts in solution.entries.items()}
-        merged = self._advanced(index, base, other, solved)
-        for stream, hidden in zip(self.streams, merged, strict=True):
+        for stream, hidden in self._advanced(index, weights, solved):
             stream.merged = hidden
         state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
         self.generator.set_state(state)
 
     def _solve_layer(
         self, index: int, optimised: bool, progress: tqdm
-    ) -> tuple[dict[str, dict[str, torch.Tensor]], LayerReport]:
+    ) -> tuple[Entries, LayerReport]:
         relative, base, other = self.experts.layer(index)
-        self._run_experts(index, float32(base), float32(other))
+        self._run_experts(index, base, other)
+        weights = self.experts.merging(base, other)
         coefficients = LayerCoefficients(
-            {n: value.shape for n, value in base.items() if value.is_floating_point()},
+            {name: vector.shape for name, vector in weights.vector.items()},
             granularity=self.settings.granularity,
             rank=self.settings.rank,
             initial=self.settings.initial_weight,
@@ -200,23 +186,18 @@ class PrePass:
             device=self.decoder.device,
             generator=self.generator,
         )
-        before = self._advanced(index, base, other, coefficients.solved())
-        gap_before = gap(self.streams, before)
-        del before
+        gap_before = self._gap(index, weights, coefficients.solved())
         if coefficients.leaves and optimised:
-            self._minimise(index, base, other, coefficients, progress)
+            self._minimise(index, weights, coefficients, progress)
         solved = coefficients.solved()
-        merged = self._advanced(index, base, other, solved)
-        gap_after = gap(self.streams, merged)
-        for stream, hidden in zip(self.streams, merged, strict=True):
-            stream.merged = hidden
+        gap_after = self._gap(index, weights, solved, advance=True)
         mean = torch.stack([coefficient(parts).mean() for parts in solved.values()])
         report = LayerReport(
             index,
             gap_before,
             gap_after,
             float(mean.mean()),
-            divergence(self.streams),
+            divergence(self.streams, self.processes),
             optimised,
         )
         entries = {
@@ -233,64 +214,79 @@ class PrePass:
 
     @torch.no_grad()
     def _run_experts(self, index: int, base: Weights, other: Weights) -> None:
-        for stream in self.streams:
-            call = stream.calls[index]
-            stream.base = self.decoder.replay(index, base, stream.base, call)
-            stream.other = self.decoder.replay(index, other, stream.other, call)
-            stream.choose_experts()
+        """Send both experts' streams through a layer, one expert after the other."""
+        for expert, weights in (("base", base), ("other", other)):
+            weights = float32(weights)
+            for stream in self.streams:
+                hidden = getattr(stream, expert)
+                hidden = self.decoder.replay(
+                    index, weights, hidden, stream.calls[index]
+                )
+                setattr(stream, expert, hidden)
 
     @torch.no_grad()
     def _advanced(
-        self, index: int, base: Weights, other: Weights, solved: Mapping[str, Weights]
-    ) -> list[torch.Tensor]:
-        """Return the merged stream after this layer, with the weights as written."""
-        weights = {
-            name: self.experts.written(
-                name, base[name], other[name], solved.get(name, {})
-            )
-            for name in base
-        }
-        return [
-            self.decoder.replay(index, weights, s.merged, s.calls[index])
-            for s in self.streams
-        ]
+        self, index: int, weights: Merging, solved: Mapping[str, Weights]
+    ) -> Iterator[tuple[Stream, torch.Tensor]]:
+        """Yield the merged streams after this layer, with the weights as written."""
+        written = weights.written(solved)
+        for stream in self.streams:
+            call = stream.calls[index]
+            yield stream, self.decoder.replay(index, written, stream.merged, call)
+
+    def _gap(
+        self,
+        index: int,
+        weights: Merging,
+        solved: Mapping[str, Weights],
+        advance: bool = False,
+    ) -> float:
+        """Return the gap that a layer's coefficients leave; `advance` the streams."""
+
+        def merged() -> Iterator[torch.Tensor]:
+            for stream, hidden in self._advanced(index, weights, solved):
+                if advance:
+                    stream.merged = hidden
+                yield hidden
+
+        return gap(self.streams, merged(), self.processes)
 
     def _minimise(
         self,
         index: int,
-        base: Weights,
-        other: Weights,
+        weights: Merging,
         coefficients: LayerCoefficients,
         progress: tqdm,
     ) -> None:
         dtype = self._solving_dtype
-        scale = expert_distance(self.streams)
-        buffers = {n: value for n, value in base.items() if n not in coefficients.parts}
-        origin = {name: base[name].to(dtype) for name in coefficients.parts}
-        vectors = {
-            name: task_vector(base[name], other[name]).to(dtype) for name in origin
-        }
+        scale = expert_distance(self.streams, self.processes)
+        origin = {n: self._cast(value) for n, value in weights.base.items()}
+        vectors = {n: self._cast(value) for n, value in weights.vector.items()}
 
         def batch_loss(number: int) -> torch.Tensor:
             stream = self.streams[number]
-            weights = buffers | {
+            merged = origin | {
                 name: add_task_vector(
-                    origin[name], vectors[name], coefficients.coefficient(name)
+                    origin[name], vector, coefficients.coefficient(name)
                 )
-                for name in origin
+                for name, vector in vectors.items()
             }
             call = stream.calls[index]
             if dtype != torch.float32:
                 call = call.to(dtype)
-            hidden = self.decoder.replay(index, weights, stream.merged.to(dtype), call)
-            loss = objective(stream, hidden, scale, len(self.streams), self.settings)
+            hidden = self.decoder.replay(index, merged, stream.merged.to(dtype), call)
+            loss = objective(
+                stream, hidden, scale, len(self.streams), self.settings, self.processes
+            )
             if self.settings.regularization:
-                loss = loss + self.settings.regularization * coefficients.penalty()
+                penalty = coefficients.penalty() / self.processes.count
+                loss = loss + self.settings.regularization * penalty
             return loss
 
         arguments: dict[str, Any] = {
             "epochs": self.settings.epochs,
             "step": progress.update,
+            "total": self.processes.sum,
         }
         count, leaves = len(self.streams), coefficients.leaves
         try:
@@ -303,6 +299,7 @@ class PrePass:
                     leaves,
                     learning_rate=self.settings.learning_rate,
                     generator=self.generator,
+                    tolerance=self.settings.tolerance,
                     **arguments,
                 )
         except solver.Diverged as error:
@@ -310,3 +307,7 @@ class PrePass:
                 f"layer {index}: {error}. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate})."
             ) from None
+
+    def _cast(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype of the solver; whole numbers as they are."""
+        return value.to(self._solving_dtype) if value.is_floating_point() else value

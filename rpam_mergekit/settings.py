@@ -15,6 +15,8 @@ from rpam_mergekit.errors import RpamError, suggestion
 
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
+# Parameters that do not change what is solved, or are spelt out by others.
+NOT_OF_THE_PROBLEM = {"calibration", "coefficients", "preset", "activations"}
 
 # What a preset changes; a parameter that the config names itself stays as named.
 # arXiv 2601.03506: prompts only, summed squared error, omega against that sum, one
@@ -129,6 +131,13 @@ class RpamSettings(BaseModel):
     epochs: int = Field(
         15, ge=1, description="Passes over the calibration set per layer."
     )
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A layer is left early when two epochs running lower the objective "
+        "by less than this share (Adam); 0 never leaves early.",
+    )
     batch_size: int = Field(16, ge=1, description="Queries per batch.")
     queries_per_pattern: int = Field(
         512, ge=1, description="Calibration queries drawn for each pattern."
@@ -139,9 +148,19 @@ class RpamSettings(BaseModel):
         description="Longest query in tokens: longer prompts are left out, responses "
         "cut, and both are reported.",
     )
+    activations: Literal["auto", "device", "host", "disk"] = Field(
+        "auto",
+        description="Where the calibration set's hidden states lie: on the device, in "
+        "host memory, or in files beside the coefficients; `auto` is the first with "
+        "room. The result is the same.",
+    )
     seed: int = Field(
         0, ge=0, description="Seed of the draw of queries, the batches and the fields."
     )
+
+    def problem(self) -> dict[str, Any]:
+        """Return the settings on which the coefficients depend."""
+        return self.model_dump(exclude=NOT_OF_THE_PROBLEM)
 
 
 def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:

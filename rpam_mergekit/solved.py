@@ -21,7 +21,7 @@ import torch
 from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.errors import RpamError
 
-Entries = Mapping[str, dict[str, torch.Tensor]]
+Entries = dict[str, dict[str, torch.Tensor]]
 OUTSIDE = -1  # embeddings, final norm, head
 
 
@@ -127,6 +127,13 @@ class SolvedLayers(MutableMapping[int, LayerSolution]):
         shutil.rmtree(self.folder)
         with suppress(OSError):
             self.folder.parent.rmdir()
+
+
+class SolvedElsewhere(SolvedLayers):
+    """The layers of a run as its other processes see them: the first one writes."""
+
+    def __setitem__(self, index: int, solution: LayerSolution) -> None:
+        """Leave it to the first process."""
 
 
 def folder_of(fingerprint: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Minimises a layer's objective over its coefficients; knows only tensors.
 
 Adam takes one step a batch, its learning rate falling to zero along a half cosine.
-L-BFGS (strong Wolfe) minimises the whole calibration set's objective at once.
+L-BFGS (strong Wolfe) minimises the whole calibration set's objective at once. Where
+each of several processes has a part of every batch, `total` sums what they found.
 """
 
 from __future__ import annotations
@@ -11,10 +12,39 @@ from collections.abc import Callable, Sequence
 import torch
 
 BatchLoss = Callable[[int], torch.Tensor]
+Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Diverged(ArithmeticError):
     """The objective is not a finite number."""
+
+
+class _Found:
+    """Loss and gradients in one buffer, so that one sum over processes does it."""
+
+    def __init__(self, leaves: Sequence[torch.Tensor], total: Total) -> None:
+        self.total = total
+        count = sum(leaf.numel() for leaf in leaves)
+        self.buffer = torch.zeros(1 + count, dtype=leaves[0].dtype).to(leaves[0].device)
+        parts = self.buffer[1:].split([leaf.numel() for leaf in leaves])
+        for leaf, part in zip(leaves, parts, strict=True):
+            leaf.grad = part.view_as(leaf)
+
+    def clear(self) -> None:
+        """Forget what was found; gradients add up otherwise."""
+        self.buffer.zero_()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add a loss and its gradients."""
+        loss.backward()
+        self.buffer[0] += loss.detach()
+
+    def summed(self) -> torch.Tensor:
+        """Return the loss, summed with its gradients over processes."""
+        loss = self.total(self.buffer)[0]
+        if not torch.isfinite(loss):
+            raise Diverged(f"the objective is {loss.item()}")
+        return loss
 
 
 def adam(
@@ -25,24 +55,33 @@ def adam(
     learning_rate: float,
     epochs: int,
     generator: torch.Generator,
+    tolerance: float = 0.0,
     step: Callable[[], object] = lambda: None,
+    total: Total = lambda found: found,
 ) -> None:
     """Move `leaves` in place by Adam on ``batch_loss(index)``.
 
-    Batches come in a new random order every epoch; `step` is called after each.
-    Raises `Diverged`.
+    Batches come in a new random order every epoch; `step` is called after each. Ends
+    before `epochs` when two epochs running lower the mean loss by less than the share
+    `tolerance`. Raises `Diverged`.
     """
+    found = _Found(leaves, total)
     optimiser = torch.optim.Adam(leaves, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * batches)
+    before, flat = float("inf"), 0
     for _ in range(epochs):
+        mean = 0.0
         for index in torch.randperm(batches, generator=generator).tolist():
-            optimiser.zero_grad()
-            loss = batch_loss(index)
-            loss.backward()
-            _check(loss)
+            found.clear()
+            found.add(batch_loss(index))
+            mean += found.summed().item() / batches
             optimiser.step()
             schedule.step()
             step()
+        flat = flat + 1 if before - mean < tolerance * before else 0
+        if flat == 2 and tolerance:
+            return
+        before = mean
 
 
 def lbfgs(
@@ -52,30 +91,24 @@ def lbfgs(
     *,
     epochs: int,
     step: Callable[[], object] = lambda: None,
+    total: Total = lambda found: found,
 ) -> None:
     """Move float64 `leaves` in place by L-BFGS on the mean of all batches' losses.
 
     At most `epochs` iterations; `step` is called after each evaluation. Raises
     `Diverged`.
     """
+    found = _Found(leaves, total)
     optimiser = torch.optim.LBFGS(
         leaves, max_iter=epochs, line_search_fn="strong_wolfe", tolerance_change=1e-10
     )
 
     def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
+        found.clear()
         for index in range(batches):
-            loss = batch_loss(index) / batches
-            loss.backward()
-            total += loss.detach().cpu().double()
-        _check(total)
+            found.add(batch_loss(index) / batches)
+        loss = found.summed()
         step()
-        return total
+        return loss.clone()
 
     optimiser.step(closure)
-
-
-def _check(loss: torch.Tensor) -> None:
-    if not torch.isfinite(loss):
-        raise Diverged(f"the objective is {loss.item()}")

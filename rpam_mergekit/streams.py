@@ -6,11 +6,11 @@ query one expert is positive, the one that the query's pattern names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from rpam_mergekit.activations import OnShelf, Shelf
 from rpam_mergekit.decoder import Call
 from rpam_mergekit.objective import (
     contrastive,
@@ -18,13 +18,17 @@ from rpam_mergekit.objective import (
     per_query,
     token_weights,
 )
+from rpam_mergekit.parallel import Processes
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
 
+ALONE = Processes()
 
-@dataclass
+
 class Stream:
-    """One batch. Hidden states are float32 (queries, tokens, width).
+    """This process's queries of one batch.
+
+    Hidden states are float32 (queries, tokens, width) and lie on the shelf.
 
     calls: every layer's call, as recorded.
     counted: bool (queries, tokens), false on padding.
@@ -32,29 +36,47 @@ class Stream:
     token_weights: (queries, tokens), of single tokens; zero on padding.
     shares: (queries, tokens), the same scaled so that a query weighs the same whatever
         its length and all batches' sum to 1.
+    queries: of the whole batch, all processes' together.
     """
 
-    calls: list[Call]
-    base: torch.Tensor
-    other: torch.Tensor
-    merged: torch.Tensor
-    counted: torch.Tensor
-    other_is_positive: torch.Tensor
-    token_weights: torch.Tensor
-    shares: torch.Tensor
-    positive: torch.Tensor = field(init=False)
-    negative: torch.Tensor = field(init=False)
+    base = OnShelf()
+    other = OnShelf()
+    merged = OnShelf()
 
-    def choose_experts(self) -> None:
-        """Set `positive` and `negative`, the experts' hidden states by pattern."""
-        chosen = self.other_is_positive[:, None, None]
-        self.positive = torch.where(chosen, self.other, self.base)
-        self.negative = torch.where(chosen, self.base, self.other)
+    def __init__(
+        self,
+        *,
+        calls: Sequence[Call],
+        base: torch.Tensor,
+        other: torch.Tensor,
+        merged: torch.Tensor,
+        counted: torch.Tensor,
+        other_is_positive: torch.Tensor,
+        token_weights: torch.Tensor,
+        shares: torch.Tensor,
+        queries: int | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
+        self.shelf = shelf or Shelf()
+        self.calls = calls
+        self.base, self.other, self.merged = base, other, merged
+        self.counted = counted
+        self.other_is_positive = other_is_positive
+        self.token_weights = token_weights
+        self.shares = shares
+        self.queries = len(counted) if queries is None else queries
 
     @property
-    def same_pattern(self) -> torch.Tensor:
-        """Bool (queries, queries): do two queries have the same pattern."""
-        return self.other_is_positive[:, None] == self.other_is_positive[None, :]
+    def positive(self) -> torch.Tensor:
+        """Hidden states of the expert that each query's pattern names."""
+        chosen = self.other_is_positive[:, None, None]
+        return torch.where(chosen, self.other, self.base)
+
+    @property
+    def negative(self) -> torch.Tensor:
+        """Hidden states of the other expert."""
+        chosen = self.other_is_positive[:, None, None]
+        return torch.where(chosen, self.base, self.other)
 
 
 def weigh_tokens(
@@ -83,36 +105,47 @@ def weigh_tokens(
     return weighed
 
 
-def expert_distance(streams: Sequence[Stream]) -> float:
+def expert_distance(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
     """Return the experts' squared distance, weighed by the streams' `shares`."""
-    total = sum(float(distance(s.positive, s.negative, s.shares)) for s in streams)
-    return max(total, 1e-30)
+    apart = (distance(s.base, s.other, s.shares) for s in streams)
+    return max(_total(apart, processes), 1e-30)
 
 
-def divergence(streams: Sequence[Stream]) -> float:
+def divergence(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
     """Return the experts' squared distance relative to their mean squared length.
 
     0 where both have the same hidden states; weighed by the streams' `shares`.
     """
-    apart = length = 0.0
-    for stream in streams:
-        apart += float(distance(stream.base, stream.other, stream.shares))
-        for expert in (stream.base, stream.other):
-            zero = torch.zeros_like(expert)
-            length += float(distance(expert, zero, stream.shares)) / 2
-    return apart / max(length, 1e-30)
+    lengths = (
+        distance(expert, torch.zeros_like(expert), stream.shares) / 2
+        for stream in streams
+        for expert in (stream.base, stream.other)
+    )
+    return expert_distance(streams, processes) / max(_total(lengths, processes), 1e-30)
 
 
-def gap(streams: Sequence[Stream], merged: Sequence[torch.Tensor]) -> float:
+def gap(
+    streams: Sequence[Stream],
+    merged: Iterable[torch.Tensor],
+    processes: Processes = ALONE,
+) -> float:
     """Return how far `merged` is from the positive experts, 1 being the negative ones.
 
     `merged` are hidden states like the streams' own.
     """
-    total = sum(
-        float(distance(hidden, stream.positive, stream.shares))
+    apart = (
+        distance(hidden, stream.positive, stream.shares)
         for hidden, stream in zip(merged, streams, strict=True)
     )
-    return total / expert_distance(streams)
+    return _total(apart, processes) / expert_distance(streams, processes)
+
+
+def _total(distances: Iterable[torch.Tensor], processes: Processes) -> float:
+    """Return the sum over streams and processes, in double precision."""
+    found = list(distances)
+    device = found[0].device
+    on = "cpu" if device.type == "mps" else device  # which has no float64
+    return float(processes.sum(torch.stack(found).to(on, torch.float64).sum()))
 
 
 def objective(
@@ -121,23 +154,33 @@ def objective(
     scale: float,
     batches: int,
     settings: RpamSettings,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Return a batch's objective (eq. 5): alignment of `hidden`, and contrast.
 
     `scale` is the experts' distance over all `batches` batches, whose objectives have
-    the whole set's as their mean. Differentiable in `hidden`.
+    the whole set's as their mean. Differentiable in `hidden`. Of several processes
+    each returns its queries' part of the sum.
     """
+    positive = stream.positive
     if settings.alignment == "sum":
-        loss = distance(hidden, stream.positive, stream.token_weights)
+        loss = distance(hidden, positive, stream.token_weights)
     else:
-        loss = distance(hidden, stream.positive, stream.shares) / scale * batches
+        loss = distance(hidden, positive, stream.shares) / scale * batches
     if settings.contrastive_weight:
-        loss = loss + settings.contrastive_weight * contrastive(
+        # A process without queries of its own works on one that weighs nothing.
+        mine = stream.shares.sum(dim=1) > 0
+        patterns = processes.gather(stream.other_is_positive, stream.queries)
+        terms = contrastive(
             hidden,
-            stream.positive.to(hidden.dtype),
-            stream.negative.to(hidden.dtype),
+            positive.to(hidden.dtype),
+            processes.gather(stream.negative, stream.queries).to(hidden.dtype),
             stream.counted,
-            stream.same_pattern,
+            processes.gather(stream.counted, stream.queries),
+            stream.other_is_positive[:, None] == patterns[None, :],
             settings.temperature,
+        )
+        loss = loss + settings.contrastive_weight * (
+            terms.masked_fill(~mine, 0).sum() / stream.queries
         )
     return loss

@@ -41,7 +41,9 @@ def test_contrastive_of_a_hand_computed_case():
     negative = torch.tensor([[[0.0, 5.0], [0.0, 0.0]]], dtype=DOUBLE)
     counted = torch.ones(1, 2, dtype=torch.bool)
     same = torch.ones(1, 1, dtype=torch.bool)
-    value = contrastive(merged, positive, negative, counted, same, temperature=0.5)
+    value = contrastive(
+        merged, positive, negative, counted, counted, same, temperature=0.5
+    )
     expected = -math.log(math.exp(0.5 / 0.5) / (math.exp(0.5 / 0.5) + math.exp(0.0)))
     assert math.isclose(value.item(), expected, rel_tol=1e-12)
 
@@ -51,14 +53,20 @@ def test_negatives_are_those_of_the_batch_and_the_same_pattern():
     negative = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]], dtype=DOUBLE)
     counted = torch.ones(2, 1, dtype=torch.bool)
     alone = contrastive(
-        merged, merged, negative, counted, torch.eye(2, dtype=torch.bool), 1.0
+        merged, merged, negative, counted, counted, torch.eye(2, dtype=torch.bool), 1.0
     )
     both = contrastive(
-        merged, merged, negative, counted, torch.ones(2, 2, dtype=torch.bool), 1.0
+        merged,
+        merged,
+        negative,
+        counted,
+        counted,
+        torch.ones(2, 2, dtype=torch.bool),
+        1.0,
     )
     e = math.e
-    assert math.isclose(alone.item(), -math.log(e / (e + 1)), rel_tol=1e-12)
-    assert math.isclose(both.item(), -math.log(e / (e + 1 + e)), rel_tol=1e-12)
+    assert math.isclose(alone.mean().item(), -math.log(e / (e + 1)), rel_tol=1e-12)
+    assert math.isclose(both.mean().item(), -math.log(e / (e + 1 + e)), rel_tol=1e-12)
 
 
 def example(tokens: int) -> tuple[torch.Tensor, ...]:
@@ -75,9 +83,8 @@ def test_gradients_equal_finite_differences():
     weights = per_query(counted.to(DOUBLE))
 
     def objective(hidden: torch.Tensor) -> torch.Tensor:
-        return distance(hidden, positive, weights) + contrastive(
-            hidden, positive, negative, counted, same, 0.1
-        )
+        terms = contrastive(hidden, positive, negative, counted, counted, same, 0.1)
+        return distance(hidden, positive, weights) + terms.mean()
 
     assert torch.autograd.gradcheck(objective, merged.clone().requires_grad_())
 
@@ -90,8 +97,8 @@ def test_padding_changes_nothing():
     padded = [torch.cat([x, noise], dim=1) for x in (merged, positive, negative)]
     padded[0] = padded[0] * 1.5 - 0.5 * torch.cat([merged, noise * 0], dim=1)
     mask = torch.cat([counted, torch.zeros(3, 7, dtype=torch.bool)], dim=1)
-    plain = contrastive(merged, positive, negative, counted, same, 0.1)
-    torch.testing.assert_close(plain, contrastive(*padded, mask, same, 0.1))
+    plain = contrastive(merged, positive, negative, counted, counted, same, 0.1)
+    torch.testing.assert_close(plain, contrastive(*padded, mask, mask, same, 0.1))
     torch.testing.assert_close(
         distance(merged, positive, per_query(counted.float())),
         distance(padded[0], padded[1], per_query(mask.float())),
@@ -102,7 +109,19 @@ def test_an_all_zero_hidden_state_is_not_a_nan():
     zero = torch.zeros(1, 2, 3, requires_grad=True)
     one = torch.ones(1, 2, 3)
     same = torch.ones(1, 1, dtype=torch.bool)
-    value = contrastive(zero, one, one, torch.ones(1, 2).bool(), same, 0.1)
+    counted = torch.ones(1, 2).bool()
+    value = contrastive(zero, one, one, counted, counted, same, 0.1)
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(zero.grad).all()
+
+
+def test_the_terms_of_a_part_of_the_queries_are_those_of_the_whole_batch():
+    merged, positive, negative = example(5)
+    counted = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    same = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
+    whole = contrastive(merged, positive, negative, counted, counted, same, 0.1)
+    part = contrastive(
+        merged[1:], positive[1:], negative, counted[1:], counted, same[1:], 0.1
+    )
+    torch.testing.assert_close(part, whole[1:])

@@ -125,11 +125,11 @@ def digest(pair: Pair) -> str:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return all settings of an RPAM merge, today's defaults among them."""
+    """Return the settings that matter of an RPAM merge, today's defaults among them."""
     if config.get("merge_method") != "rpam":
         return None
     given = {k: v for k, v in config["parameters"].items() if k not in STUDYS_OWN}
-    return parse_settings(given).model_dump()
+    return parse_settings(given).problem()
 
 
 class Results:

@@ -12,11 +12,14 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import rpam_mergekit.fit
+from rpam_mergekit.checkpoint import load
 from rpam_mergekit.coefficients import LayerCoefficients
-from rpam_mergekit.experts import Weights, float32
+from rpam_mergekit.decoder import Call
+from rpam_mergekit.experts import Merging, Weights
 from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.solved import OUTSIDE, Solution
-from rpam_mergekit.streams import Stream, gap
+from rpam_mergekit.recording import Recorder
+from rpam_mergekit.solved import OUTSIDE, Entries, Solution
+from rpam_mergekit.streams import Stream
 
 
 class LearnedOutside(PrePass):
@@ -30,6 +33,7 @@ class LearnedOutside(PrePass):
     LEAVING = ("model.norm.weight", "lm_head.weight")
 
     def run(self, solved: Any = None) -> Solution:
+        self._embedding: Entries = {}
         solution = super().run(solved)
         model = self.decoder.model
         norm, head = model.get_submodule("model.norm"), model.get_submodule("lm_head")
@@ -39,35 +43,39 @@ class LearnedOutside(PrePass):
             normed = functional_call(norm, {"weight": scale}, (hidden,))
             return functional_call(head, {"weight": rows}, (normed,))
 
+        streams = [_stage(s, s.base, s.other, s.merged) for s in self.streams]
+        leaving = self._learn(self.LEAVING, leave, streams)
         outside = solution.solved[OUTSIDE]
-        leaving = self._learn(self.LEAVING, leave, self.streams)
         solution.solved[OUTSIDE] = replace(
             outside, entries={**outside.entries, **leaving}
         )
         return solution
 
-    def _enter(self) -> dict[str, Weights]:
-        entries = super()._enter()
+    def _outside(self) -> Entries:
+        return super()._outside() | self._embedding
+
+    def _entered(self, recorder: Recorder) -> list[Stream]:
+        entered = super()._entered(recorder)
         (name,) = self.EMBEDDINGS
 
         def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.embedding(ids.long(), weights[name])
 
-        streams = []
-        for batch, stream in zip(self.batches, self.streams, strict=True):
-            ids = batch.input_ids
-            streams.append(replace(stream, base=ids, other=ids, merged=ids))
-        entries.update(self._learn(self.EMBEDDINGS, embed, streams))
-        for stream, embedded in zip(self.streams, streams, strict=True):
+        streams = [
+            _stage(stream, *[batch.input_ids] * 3)
+            for batch, stream in zip(self.batches, entered, strict=True)
+        ]
+        self._embedding = self._learn(self.EMBEDDINGS, embed, streams)
+        for stream, embedded in zip(entered, streams, strict=True):
             stream.merged = embedded.merged
-        return entries
+        return entered
 
     def _learn(
         self,
         names: tuple[str, ...],
         function: Callable[[Weights, torch.Tensor], torch.Tensor],
         streams: list[Stream],
-    ) -> dict[str, Weights]:
+    ) -> Entries:
         """Solve one stage as if it were a decoder layer; advance its streams."""
 
         class Stage:
@@ -76,30 +84,44 @@ class LearnedOutside(PrePass):
             def replay(self, _index: int, weights: Weights, hidden: Any, _call: Any):
                 return function(weights, hidden)
 
+        infos = [w for w in self.layout.outside if w.name in names]
         base, other = (
-            {name: weights[name] for name in names}
-            for weights in self.experts.outside()
+            load(model, infos, self.experts.dtype, str(self.decoder.device))
+            for model in (self.models.base, self.models.other)
         )
         layers = self.decoder, self.streams
-        self.decoder = Stage()  # type: ignore[assignment]
-        self.streams = [replace(s, calls=[None]) for s in streams]  # type: ignore[list-item]
+        self.decoder, self.streams = Stage(), streams  # type: ignore[assignment]
         try:
-            self._run_experts(0, float32(base), float32(other))
+            self._run_experts(0, base, other)
+            weights = self.experts.merging(base, other)
             coefficients = LayerCoefficients(
-                {name: value.shape for name, value in base.items()},
+                {name: value.shape for name, value in weights.vector.items()},
                 granularity=self.settings.granularity,
                 rank=self.settings.rank,
                 initial=self.settings.initial_weight,
                 generator=self.generator,
             )
-            self._minimise(0, base, other, coefficients, tqdm(disable=True))
+            self._minimise(0, weights, coefficients, tqdm(disable=True))
             solved = coefficients.solved()
-            merged = self._advanced(0, base, other, solved)
+            self._gap(0, weights, solved, advance=True)
         finally:
             self.decoder, self.streams = layers
-        for stream, hidden in zip(streams, merged, strict=True):
-            stream.merged = hidden
         return solved
+
+
+def _stage(stream: Stream, *entering: torch.Tensor) -> Stream:
+    """Return a stream that enters a stage beside the decoder layers."""
+    base, other, merged = entering
+    return Stream(
+        calls=[Call((), {})],
+        base=base,
+        other=other,
+        merged=merged,
+        counted=stream.counted,
+        other_is_positive=stream.other_is_positive,
+        token_weights=stream.token_weights,
+        shares=stream.shares,
+    )
 
 
 class EarlyStop(PrePass):
@@ -113,8 +135,7 @@ class EarlyStop(PrePass):
     def _minimise(
         self,
         index: int,
-        base: Weights,
-        other: Weights,
+        weights: Merging,
         coefficients: LayerCoefficients,
         progress: tqdm,
     ) -> None:
@@ -126,15 +147,13 @@ class EarlyStop(PrePass):
         def held_out_gap() -> float:
             training, self.streams = self.streams, held_out
             try:
-                return gap(
-                    held_out, self._advanced(index, base, other, coefficients.solved())
-                )
+                return self._gap(index, weights, coefficients.solved())
             finally:
                 self.streams = training
 
         watch.figure = held_out_gap
         try:
-            super()._minimise(index, base, other, coefficients, watch)  # type: ignore[arg-type]
+            super()._minimise(index, weights, coefficients, watch)  # type: ignore[arg-type]
         except _Enough:
             pass
         finally:

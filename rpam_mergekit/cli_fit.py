@@ -1,0 +1,76 @@
+"""The command `mergekit-rpam fit`: the pre-pass alone, by one process or many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import _model_out_config
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.plan import MergePlanner
+
+from rpam_mergekit.adapters import merge_adapters
+from rpam_mergekit.check import NAME, check_config
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.fit import fit
+from rpam_mergekit.parallel import Processes, joined, local_device
+from rpam_mergekit.references import reachable
+
+
+@click.command("fit", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out_path", type=click.Path(file_okay=False))
+@add_merge_options
+def fit_command(merge_options: MergeOptions, config_file: str, out_path: str) -> None:
+    """Run the pre-pass of the merge that CONFIG_FILE describes; write no model.
+
+    The coefficients file is written where the config says, or into OUT_PATH/rpam;
+    'mergekit-yaml CONFIG_FILE OUT_PATH' finds it there and merges by it. Started by
+    torchrun or accelerate launch, all processes share the calibration set: on the GPUs
+    of one or more machines (--device cuda) that see the same folders, or on CPUs.
+
+    \b
+      mergekit-rpam fit rpam.yml out/ --device cuda
+      torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml out/ --device cuda
+      mergekit-yaml rpam.yml out/ --device cuda
+    """
+    merge_options.apply_global_options()
+    source = Path(config_file).read_text(encoding="utf-8")
+    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    if config.merge_method != NAME:
+        raise RpamError(
+            f"merge_method: found '{config.merge_method}'. 'fit' runs the pre-pass of "
+            f"'{NAME}'; other methods have none."
+        )
+    with reachable(merge_options):
+        check_config(config, merge_options, source)
+        with joined(local_device(merge_options.device or "cpu")) as processes:
+            path = _fit(config, merge_options, out_path, processes)
+    if processes.rank == 0:
+        click.echo(str(path))
+
+
+def _fit(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    out_path: str,
+    processes: Processes,
+) -> Path:
+    """Run what mergekit does before it plans a merge, then the pre-pass."""
+    architecture = get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    out_config = _model_out_config(
+        config, architecture, trust_remote_code=options.trust_remote_code
+    )
+    if processes.rank == 0:  # downloads and merges adapters, once
+        merge_adapters(config.referenced_models(), options)
+        for model in config.referenced_models():
+            LoaderCache().get(model)
+    processes.tell(None)
+    planner = MergePlanner(config, architecture, options, out_config)
+    path, _ = fit(planner, out_path, processes)
+    return path

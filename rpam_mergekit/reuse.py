@@ -1,0 +1,131 @@
+"""One coefficients file: what it is made from, when it is reused, who may write it.
+
+The fingerprint in the file says what its coefficients were made from: the content of
+both models, the encoded calibration queries, and every setting that matters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rpam_mergekit import __version__
+from rpam_mergekit.check import MergeRequest
+from rpam_mergekit.checkpoint import Layout, MergeModels, content_digest
+from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.prompts import EncodedQuery
+from rpam_mergekit.references import public_name
+from rpam_mergekit.solved import Solution
+
+# Raised whenever the same inputs would give other coefficients than before.
+ALGORITHM = 1
+Say = Callable[[str], None]
+
+
+def unfinished(path: Path) -> Path:
+    """Return the folder of what runs that did not end have solved for `path`."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def write_solution(
+    path: Path,
+    solution: Solution,
+    models: MergeModels,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Write the coefficients file of a run that has ended. Raises `RpamError`."""
+    metadata = {
+        "version": __version__,
+        "models": {
+            "base": public_name(models.base),
+            "other": public_name(models.other),
+        },
+        "fingerprint": fingerprint,
+        "layers": [dataclasses.asdict(report) for report in solution.layers],
+    }
+    try:
+        write_coefficients(path, solution.entries, metadata)
+    except OSError as error:
+        raise RpamError(
+            f"{path} cannot be written: {error}. All layers are solved and safe in "
+            f"{unfinished(path)}. Make room, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def alone(path: Path, say: Say) -> Iterator[None]:
+    """Let one run at a time make the coefficients file at `path`; others wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"rpam: waiting for another run that makes {path}")
+            lock.acquire()
+    except OSError as error:
+        raise RpamError(
+            f"parameters.coefficients: {path} cannot be written: {error}. Name "
+            "another file."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fingerprint_of(
+    request: MergeRequest,
+    fixed: Mapping[str, float],
+    config: Any,
+    queries: Sequence[EncodedQuery],
+) -> dict[str, Any]:
+    """Return what the coefficients are made from, as JSON; reads both models."""
+    calibration = request.calibration
+    encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
+    return {
+        "algorithm": ALGORITHM,
+        "base": content_digest(request.models.base),
+        "other": content_digest(request.models.other),
+        "patterns": [request.models.base_pattern, request.models.other_pattern],
+        "calibration": calibration.digest if calibration else None,
+        "queries": hashlib.sha256(encoded).hexdigest(),
+        "settings": request.settings.problem(),
+        "fixed": dict(fixed),
+        "dtype": config.dtype,
+        "out_dtype": config.out_dtype,
+    }
+
+
+def reusable(
+    path: Path,
+    fingerprint: Mapping[str, Any],
+    request: MergeRequest,
+    layout: Layout,
+) -> bool:
+    """Tell whether a file was made from these inputs; refuse other models' files."""
+    file = CoefficientsFile(path)
+    made_from = file.metadata["fingerprint"]
+    for role in ("base", "other"):
+        if made_from[role] != fingerprint[role]:
+            raise RpamError(
+                f"parameters.coefficients: {file.path} belongs to other models: its "
+                f"{role} model was {file.metadata['models'][role]}, whose content "
+                f"differs from {getattr(request.models, role)}. Delete the file to "
+                "make it anew, or name another one."
+            )
+    if request.calibration is None:
+        infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
+        lacking = sorted({i.name for i in infos} - set(file.names))
+        if lacking:
+            raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
+        return True
+    return bool(made_from == fingerprint)

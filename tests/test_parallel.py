@@ -1,0 +1,161 @@
+"""Several processes solve what one does, and stop when one of them is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import merge_config, run
+from safetensors.torch import load_file
+from test_resume import COEFFICIENTS, solved, wait_for
+
+# Largest difference of a coefficient from that of one process.
+TOLERANCE = 5e-3
+
+
+def write_config(folder: Path, pair: Path, **parameters) -> Path:
+    path = folder / "rpam.yml"
+    path.write_text(yaml.safe_dump(merge_config(pair, parameters=parameters)))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_all(count: int, config: Path, out: Path) -> list[subprocess.Popen]:
+    """Start `count` processes as a launcher does."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "rpam_mergekit.cli", "fit", str(config), str(out)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(count),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    said = [process.communicate(timeout=300) for process in processes]
+    for process, (_, stderr) in zip(processes, said, strict=True):
+        assert process.returncode == 0, stderr
+    return said
+
+
+def difference(one: Path, two: Path) -> float:
+    first, second = (load_file(path / COEFFICIENTS) for path in (one, two))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def alone(config: Path, out: Path) -> None:
+    process = run(["mergekit-rpam", "fit", str(config), str(out)])
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(out / COEFFICIENTS)
+
+
+@pytest.mark.parametrize(
+    ("count", "parameters"),
+    [
+        (2, {}),
+        (3, {"granularity": "tensor", "solver": "lbfgs"}),
+        # 16 queries in batches of 5: the last one has fewer queries than processes.
+        (3, {"preset": "paper", "epochs": 3, "batch_size": 5, "regularization": 0.1}),
+    ],
+    ids=["low_rank", "lbfgs", "paper"],
+)
+def test_processes_together_solve_what_one_does(pair, tmp_path, count, parameters):
+    config = write_config(tmp_path, pair, **parameters)
+    alone(config, tmp_path / "alone")
+    said = finish(start_all(count, config, tmp_path / "together"))
+    assert difference(tmp_path / "alone", tmp_path / "together") < TOLERANCE
+    assert f"{count} processes" in said[0][1]
+    assert said[0][0].strip() == str(tmp_path / "together" / COEFFICIENTS)
+    assert all(stdout == "" for stdout, _ in said[1:])
+    assert "pre-pass" not in said[1][1]  # one progress bar is enough
+
+
+def test_one_of_three_is_killed_the_rest_stop_and_the_run_goes_on(pair, tmp_path):
+    config = write_config(tmp_path, pair, epochs=100)
+    processes = start_all(3, config, tmp_path / "out")
+    wait_for(lambda: len(solved(tmp_path)) == 1, processes[0])
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    for process in (processes[0], processes[2]):
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "another process of this run has ended" in stderr
+        assert "start all processes again with the same command" in stderr
+        assert "Traceback" not in stderr
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "out" / COEFFICIENTS).exists()
+    before = solved(tmp_path)
+    assert before
+    said = finish(start_all(3, config, tmp_path / "out"))
+    assert f"{len(before)} of 3 layers were solved" in said[0][1]
+    alone(config, tmp_path / "alone")
+    assert difference(tmp_path / "alone", tmp_path / "out") < TOLERANCE
+
+
+def test_torchrun_and_then_the_merge(pair, tmp_path):
+    config = write_config(tmp_path, pair)
+    out = tmp_path / "out"
+    process = run(
+        [
+            *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())),
+            *("-m", "rpam_mergekit.cli", "fit", str(config), str(out)),
+        ]
+    )
+    assert process.returncode == 0, process.stderr
+    process = run(["mergekit-yaml", str(config), str(out)])
+    assert process.returncode == 0, process.stderr
+    assert "coefficients reused" in process.stderr
+    assert torch.isfinite(
+        load_file(next(out.glob("*.safetensors")))["lm_head.weight"]
+    ).all()
+
+
+def test_fit_is_the_pre_pass_of_the_merge(pair, tmp_path):
+    config = write_config(tmp_path, pair)
+    alone(config, tmp_path / "fit")
+    assert not list((tmp_path / "fit").glob("*.safetensors"))
+    process = run(["mergekit-yaml", str(config), str(tmp_path / "merge")])
+    assert process.returncode == 0, process.stderr
+    one, two = ((tmp_path / n / COEFFICIENTS).read_bytes() for n in ("fit", "merge"))
+    assert one == two
+
+
+def test_fit_refuses_other_methods_and_bad_configs(pair, tmp_path):
+    config = write_config(tmp_path, pair, epochss=3)
+    process = run(["mergekit-rpam", "fit", str(config), str(tmp_path / "out")])
+    assert process.returncode == 1
+    assert "parameters.epochss: unknown parameter. Did you mean" in process.stderr
+    config.write_text(
+        yaml.safe_dump(merge_config(pair, merge_method="slerp", parameters={"t": 0.5}))
+    )
+    process = run(["mergekit-rpam", "fit", str(config), str(tmp_path / "out")])
+    assert process.returncode == 1
+    assert "merge_method: found 'slerp'" in process.stderr
+    assert "Traceback" not in process.stderr
