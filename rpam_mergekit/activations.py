@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map
 
-from rpam_mergekit.decoder import Call
+from rpam_mergekit.calls import Call
 
 # Smaller tensors (rotary pairs, positions) stay on the device.
 WORTH_MOVING = 1 << 16

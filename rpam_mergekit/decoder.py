@@ -9,52 +9,37 @@ with any weights, in any order, and differentiated through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM, Cache, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rpam_mergekit.calls import (
+    LEFTOVERS,
+    UNPACKING_ERRORS,
+    AllLayersCalled,
+    Call,
+    Recording,
+    WrongInput,
+    refuse_layer,
+)
 from rpam_mergekit.errors import RpamError
 
-
-@dataclass(frozen=True)
-class Call:
-    """What one decoder layer is called with besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, dtype: torch.dtype) -> Call:
-        """Return the call with its floating-point tensors in `dtype`."""
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.to(dtype)
-            return value
-
-        return replace(
-            self, args=tree_map(cast, self.args), kwargs=tree_map(cast, self.kwargs)
-        )
-
-
-class _AllLayersCalled(Exception):
-    """Ends the recording pass before the final norm, whose weights are not loaded."""
-
-
-class _WrongInput(Exception):
-    """A layer's first argument is not the output of the layer before it."""
+NAMED = 4
 
 
 class Decoder:
-    """The decoder of the model that `config` describes, computing in float32.
+    """The decoder of the model that `config` describes, its weights in float32.
 
-    Raises `RpamError` for models whose layers cannot be found or run one by one.
+    Matrix products are computed in `compute_dtype`, everything else in float32, as
+    PyTorch's autocast chooses. Raises `RpamError` for models whose layers cannot be
+    found or run one by one.
     """
 
     def __init__(
@@ -62,8 +47,10 @@ class Decoder:
         config: PretrainedConfig,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        compute_dtype: str = "float32",
     ) -> None:
         self.device = torch.device(device)
+        self.compute_dtype = getattr(torch, compute_dtype)
         with (
             torch.random.fork_rng(devices=[]),
             init_empty_weights(include_buffers=False),
@@ -77,7 +64,14 @@ class Decoder:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
         self.path, self.layers = _find_layers(self.model, config)
-        self._tuples = False
+        self._leftovers: int | None = None
+        shared = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
+        if shared:
+            refuse_layer(
+                type(self.model).__name__,
+                len(self.layers) - shared,
+                "the keys and values of another layer",
+            )
 
     def relative_name(self, index: int, tensor: str) -> str:
         """Return the name within layer `index` of the checkpoint's `tensor`.
@@ -101,8 +95,24 @@ class Decoder:
         if lacking or unknown:
             raise RpamError(
                 f"decoder layer {index}: mergekit's definition of this architecture "
-                f"does not fit transformers' (missing: {sorted(lacking)}; unknown: "
-                f"{sorted(unknown)}). It cannot be merged with rpam."
+                f"does not fit transformers' (missing: {_named(lacking)}; unknown: "
+                f"{_named(unknown)}). It cannot be merged with rpam."
+            )
+
+    def check_outside(self, names: set[str]) -> None:
+        """Raise `RpamError` unless `names` have all weights outside the layers."""
+        lacking = {
+            name
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(f"{self.path}.")
+            and name not in self.model.all_tied_weights_keys
+            and not any(_is_named(name, given) for given in names)
+        }
+        if lacking:
+            raise RpamError(
+                f"{type(self.model).__name__}: mergekit's definition of this "
+                f"architecture lacks weights outside the decoder layers "
+                f"({_named(lacking)}). It cannot be merged with rpam."
             )
 
     def record(
@@ -116,40 +126,48 @@ class Decoder:
         `outside` holds the weights outside the layers by checkpoint name, float32 on
         this device. Hidden states are float32 (queries, tokens, width).
         """
-        try:
-            return self._record(outside, input_ids, attention_mask)
-        except (_WrongInput, TypeError, AttributeError, IndexError):
-            self._tuples = not self._tuples  # layers of this model return tuples
-        try:
-            return self._record(outside, input_ids, attention_mask)
-        except (_WrongInput, TypeError, AttributeError, IndexError) as error:
-            raise RpamError(
-                f"{type(self.model).__name__}: a decoder layer's first argument is not "
-                "the output of the layer before it, so that its layers cannot be "
-                f"optimised one by one ({error})."
-            ) from error
+        problem: Exception | None = None
+        for leftovers in dict.fromkeys((self._leftovers, *LEFTOVERS)):
+            self._leftovers = leftovers
+            try:
+                return self._record(outside, input_ids, attention_mask)
+            except UNPACKING_ERRORS as error:
+                problem = problem or error
+        raise RpamError(
+            f"{type(self.model).__name__}: a decoder layer's first argument is not "
+            "the output of the layer before it, so that its layers cannot be "
+            f"optimised one by one ({problem})."
+        ) from problem
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _record(
         self,
         outside: Mapping[str, torch.Tensor],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, list[Call]]:
-        entering: list[torch.Tensor] = []
-        calls: list[Call] = []
-        with self._recording(entering, calls):
-            arguments = {
-                "input_ids": input_ids.to(self.device),
-                "attention_mask": attention_mask.to(self.device),
-                "use_cache": False,
-            }
-            weights = self._outside_by_module(outside)
-            with suppress(_AllLayersCalled):
-                functional_call(self.model, weights, (), arguments)
-        if len(calls) != len(self.layers):
-            raise _WrongInput(f"{len(calls)} of {len(self.layers)} layers were called")
-        return entering[0], calls
+        arguments = {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask.to(self.device),
+            "use_cache": False,
+        }
+        weights = self._outside_by_module(outside)
+        name = type(self.model).__name__
+        with (
+            Recording(name, self.layers, self._leftovers) as found,
+            suppress(AllLayersCalled),
+        ):
+            functional_call(self.model, weights, (), arguments)
+        if len(found.calls) != len(self.layers) or found.entering is None:
+            raise WrongInput(
+                f"{len(found.calls)} of {len(self.layers)} layers were called"
+            )
+        if found.entering.is_meta:
+            raise RpamError(
+                f"{name}: mergekit's definition of this architecture lacks a weight "
+                "that is used before the decoder layers. It cannot be merged with rpam."
+            )
+        return found.entering.detach(), found.calls
 
     def replay(
         self,
@@ -164,54 +182,48 @@ class Decoder:
         """
         layer = self.layers[index]
         given = {**dict(layer.named_buffers()), **weights}
-        output = functional_call(
-            layer, given, (hidden, *call.args), call.kwargs, strict=True
-        )
-        return output[0] if isinstance(output, tuple) else output
-
-    @contextmanager
-    def _recording(
-        self, entering: list[torch.Tensor], calls: list[Call]
-    ) -> Iterator[None]:
-        """Make every layer keep its arguments and hand its input on."""
-
-        def stand_in(index: int):
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if not args or not isinstance(args[0], torch.Tensor):
-                    raise _WrongInput(f"layer {index} has no positional input")
-                if index and args[0] is not entering[0]:
-                    raise _WrongInput(f"layer {index}")
-                if any(isinstance(v, Cache) for v in (*args, *kwargs.values())):
-                    raise _WrongInput(f"layer {index} is called with a cache")
-                if not index:
-                    entering.append(args[0])
-                calls.append(Call(args[1:], kwargs))
-                if index == len(self.layers) - 1:
-                    raise _AllLayersCalled
-                return (args[0],) if self._tuples else args[0]
-
-            return forward
-
-        for index, layer in enumerate(self.layers):
-            layer.forward = stand_in(index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        args, kwargs = tree_map(_own, (call.args, call.kwargs))
+        with torch.autocast(
+            self.device.type,
+            self.compute_dtype,
+            enabled=self.compute_dtype != torch.float32,
+        ):
+            output = functional_call(layer, given, (hidden, *args), kwargs, strict=True)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        return output.to(hidden.dtype)
 
     def _outside_by_module(
         self, outside: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return `outside` under the model's own names, which may have a prefix."""
+        """Return `outside` under the model's own names, which may have a prefix.
+
+        They track gradients, which tells what is made from them.
+        """
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
         named = {}
         for name, value in outside.items():
-            matches = [o for o in own if o == name or o.endswith("." + name)]
+            matches = [o for o in own if _is_named(o, name)]
             if len(matches) == 1:
-                named[matches[0]] = value
+                value = value.detach()
+                named[matches[0]] = value.requires_grad_(value.is_floating_point())
         return named
+
+
+def _is_named(own: str, given: str) -> bool:
+    """Tell whether a checkpoint's name is the model's own, perhaps without prefix."""
+    return own == given or own.endswith(f".{given}")
+
+
+def _own(value: Any) -> Any:
+    """Return `value`, a copy if a layer could leave something in it for another."""
+    return copy.copy(value) if isinstance(value, MutableMapping) else value
+
+
+def _named(names: set[str]) -> str:
+    """Return the first names as a list, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{sorted(names)[:NAMED]}{more}"
 
 
 def _find_layers(

@@ -79,6 +79,7 @@ class ExpertWeights:
         self.decoder = decoder
         self.dtype = dtype
         self.out_dtypes = {w.name: w.force_dtype or out_dtype for w in layout.outside}
+        decoder.check_outside(set(self.out_dtypes))
         for index, weights in enumerate(layout.layers):
             names = {decoder.relative_name(index, w.name): w for w in weights}
             decoder.check_names(index, set(names))

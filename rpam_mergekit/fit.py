@@ -72,33 +72,32 @@ def fit(
         )
     for note in config_notes(models, options):
         say(f"rpam: {note}")
-    queries: list[EncodedQuery] = []
-    if request.calibration is not None:
-        queries = _encode(planner, request, say)
     fixed = request.fixed_weights(layout)
     first = processes.rank == 0
+    if request.calibration is None:
+        reusable(path, fingerprint_of(request, fixed, config, []), request, layout)
+        say(f"rpam: coefficients taken from {path}")
+        return path, layout
+    queries = _encode(planner, request, say)
+    prepass = _prepass(planner, request, layout, queries, fixed, processes)
     fingerprint = processes.tell(
         fingerprint_of(request, fixed, config, queries) if first else {}
     )
-    if request.calibration is None:
-        reusable(path, fingerprint, request, layout)
-        say(f"rpam: coefficients taken from {path}")
-        return path, layout
     with alone(path, say) if first else nullcontext():
         if processes.tell(
             first and path.exists() and reusable(path, fingerprint, request, layout)
         ):
             say(f"rpam: coefficients reused from {path}")
             return path, layout
-        folder = unfinished(path) / folder_of(fingerprint)
-        solved = (SolvedLayers if first else SolvedElsewhere)(folder)
+        solved = (SolvedLayers if first else SolvedElsewhere)(
+            unfinished(path) / folder_of(fingerprint)
+        )
         if solved:
             say(
                 f"rpam: {len(solved)} of {len(layout.layers)} layers were solved by a "
                 f"run that did not end; going on behind them ({solved.folder})"
             )
-        prepass = _prepass(planner, request, layout, queries, fixed, folder, processes)
-        say(f"rpam: {_whereabouts(prepass)}")
+        say(f"rpam: {_make_room(prepass, solved.folder)}")
         solution = prepass.run(solved)
         if first:
             write_solution(path, solution, models, fingerprint)
@@ -118,56 +117,58 @@ def _prepass(
     layout: Layout,
     queries: Sequence[EncodedQuery],
     fixed: Mapping[str, float],
-    folder: Path,
     processes: Processes,
 ) -> PrePass:
-    """Return the pre-pass of a merge, for whose files `folder` has room."""
-    options, settings = planner.options, request.settings
-    model_config = request.models.base.config(
+    """Return the pre-pass of a merge. Raises `RpamError` for its architecture."""
+    options, config = planner.options, planner.config
+    base_config = request.models.base.config(
         trust_remote_code=options.trust_remote_code
     )
-    decoder = Decoder(
-        model_config,
-        local_device(options.device or "cpu"),
-        options.trust_remote_code,
-    )
-    batches = make_batches(queries, settings.batch_size, pad_id=0)
-    width = model_config.get_text_config().hidden_size
-    check_disk(
-        folder,
-        2 * coefficient_bytes(decoder, settings),
-        "the coefficients, by layer and as a whole,",
-    )
-    shelf = choose_shelf(
-        settings.activations,
-        activation_bytes(batches, width) // processes.count,
-        decoder.device,
-        folder / f"activations-{processes.rank}",
-    )
+    device = local_device(options.device or "cpu")
     return PrePass(
         request.models,
         layout,
-        decoder,
-        batches,
-        settings,
-        dtype=planner.config.dtype,
-        out_dtype=planner.config.out_dtype,
+        Decoder(
+            base_config,
+            device,
+            options.trust_remote_code,
+            request.settings.compute_dtype,
+        ),
+        make_batches(queries, request.settings.batch_size, pad_id=0),
+        request.settings,
+        dtype=config.dtype,
+        out_dtype=config.out_dtype,
         fixed=fixed,
-        shelf=shelf,
         processes=processes,
         quiet=options.quiet,
     )
 
 
-def _whereabouts(prepass: PrePass) -> str:
-    """Return what is worked on, and where it lies."""
+def _make_room(prepass: PrePass, folder: Path) -> str:
+    """Give the pre-pass a shelf, with files in `folder`; return what lies where.
+
+    Raises `RpamError` if the disk is too small for them or for the coefficients.
+    """
+    settings, processes = prepass.settings, prepass.processes
+    check_disk(
+        folder,
+        2 * coefficient_bytes(prepass.decoder, settings),
+        "the coefficients, by layer and as a whole,",
+    )
     width = prepass.decoder.model.config.get_text_config().hidden_size
+    size = activation_bytes(prepass.batches, width)
+    prepass.shelf = choose_shelf(
+        settings.activations,
+        size // processes.count,
+        prepass.decoder.device,
+        folder / f"activations-{processes.rank}",
+    )
+    queries = sum(len(batch.patterns) for batch in prepass.batches)
     tokens = sum(int(batch.attention_mask.sum()) for batch in prepass.batches)
-    size = readable(activation_bytes(prepass.batches, width))
-    of = f", {prepass.processes.count} processes" if prepass.processes.count > 1 else ""
+    of = f", {processes.count} processes" if processes.count > 1 else ""
     return (
-        f"{sum(len(b.patterns) for b in prepass.batches)} queries, {tokens} tokens; "
-        f"activations of {size} on {PLACES[prepass.shelf.place]}{of}"
+        f"{queries} queries, {tokens} tokens; activations of {readable(size)} on "
+        f"{PLACES[prepass.shelf.place]}{of}"
     )
 
 

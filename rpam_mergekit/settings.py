@@ -148,6 +148,11 @@ class RpamSettings(BaseModel):
         description="Longest query in tokens: longer prompts are left out, responses "
         "cut, and both are reported.",
     )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of the pre-pass's matrix products: bfloat16 is faster on GPUs "
+        "with tensor cores. Weights, coefficients and sums stay in float32.",
+    )
     activations: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="Where the calibration set's hidden states lie: on the device, in "

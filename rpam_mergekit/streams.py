@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from rpam_mergekit.activations import OnShelf, Shelf
-from rpam_mergekit.decoder import Call
+from rpam_mergekit.calls import Call
 from rpam_mergekit.objective import (
     contrastive,
     distance,

@@ -13,7 +13,7 @@ from test_prepass import build
 
 from rpam_mergekit import memory
 from rpam_mergekit.activations import WORTH_MOVING, PlacedCalls, Shelf
-from rpam_mergekit.decoder import Call
+from rpam_mergekit.calls import Call
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.memory import (
     activation_bytes,

@@ -34,7 +34,7 @@ def build(folder, fixed=None, dtype=None, out_dtype=None, patterns=None, **param
     return PrePass(
         MergeModels(base, other, *(patterns or ("long", "short"))),
         layout,
-        Decoder(config),
+        Decoder(config, compute_dtype=settings.compute_dtype),
         make_batches(queries, settings.batch_size, pad_id=0),
         settings,
         dtype=dtype,
@@ -216,3 +216,15 @@ def test_the_first_optimised_layer_is_solved_as_ever(pair):
     two = build(pair, granularity="layer", solver="lbfgs", layers=0.67).run()
     assert sum(report.optimised for report in two.layers) == 2
     assert two.layers[0].gap_before == whole.layers[0].gap_before
+
+
+def test_bfloat16_products_solve_much_the_same(pair):
+    plain = build(pair, epochs=20)
+    exact = plain.run()
+    prepass = build(pair, epochs=20, compute_dtype="bfloat16")
+    rough = prepass.run()
+    assert prepass.streams[0].merged.dtype == torch.float32
+    assert not torch.equal(prepass.streams[0].merged, plain.streams[0].merged)
+    for one, two in zip(exact.layers, rough.layers, strict=True):
+        assert abs(one.gap_after - two.gap_after) < 0.02
+        assert two.gap_after < two.gap_before

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import rpam_mergekit.fit
+from rpam_mergekit.calls import Call
 from rpam_mergekit.checkpoint import load
 from rpam_mergekit.coefficients import LayerCoefficients
-from rpam_mergekit.decoder import Call
 from rpam_mergekit.experts import Merging, Weights
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.recording import Recorder
