@@ -102,7 +102,7 @@ def merge(config: dict, out: Path) -> tuple[float, float]:
 def timed_digests() -> Iterator[list[float]]:
     """Record the seconds of every digest, in whichever module it is called from."""
     seconds: list[float] = []
-    original = rpam_mergekit.checkpoint.content_digest
+    original = rpam_mergekit.checkpoint.content_digests
 
     def timed(*arguments):
         began = time.perf_counter()
@@ -115,15 +115,15 @@ def timed_digests() -> Iterator[list[float]]:
         module
         for name, module in sys.modules.items()
         if name.startswith("rpam_mergekit")
-        and getattr(module, "content_digest", None) is original
+        and getattr(module, "content_digests", None) is original
     ]
     for module in users:
-        module.content_digest = timed
+        module.content_digests = timed
     try:
         yield seconds
     finally:
         for module in users:
-            module.content_digest = original
+            module.content_digests = original
 
 
 def report(runs: dict[str, list[Outcome]], largest: dict[str, int]) -> None:

@@ -8,8 +8,10 @@ experts whose tensors transformers fuses. What is read here is what is merged la
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,21 +217,39 @@ def _index(model: ModelReference) -> ShardedTensorIndex | None:
 
 
 def content_digest(model: ModelReference) -> str:
-    """Return the SHA-256 of a model's weight files, shard after shard by name.
+    """Return what identifies a model's weights, see `digest`.
 
     Of a model with an adapter, these are the files it was merged into.
     """
-    index = LoaderCache().get(model).index
-    return digest(Path(index.base_path) / s for s in set(index.tensor_paths.values()))
+    return content_digests([model])[0]
+
+
+def content_digests(models: Sequence[ModelReference]) -> list[str]:
+    """Return every model's `content_digest`; they are read side by side."""
+    indices = [LoaderCache().get(model).index for model in models]  # by thread
+    files = [
+        [Path(index.base_path) / shard for shard in set(index.tensor_paths.values())]
+        for index in indices
+    ]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, files))
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of files, one after the other by name."""
+    """Return the SHA-256 of the SHA-256s of files, in hex and one a line, by name."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_file_digest, sorted(files)))
+    return hashlib.sha256("".join(f"{one}\n" for one in found).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
+        return stored.name  # the Hub's cache names large files by their SHA-256
     content = hashlib.sha256()
-    for path in sorted(files):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                content.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
     return content.hexdigest()
 
 

@@ -21,6 +21,7 @@ from rpam_mergekit.memory import (
     choose_shelf,
     coefficient_bytes,
     readable,
+    return_freed_memory,
 )
 from rpam_mergekit.parallel import Processes, local_device
 from rpam_mergekit.prepass import PrePass
@@ -78,6 +79,7 @@ def fit(
         reusable(path, fingerprint_of(request, fixed, config, []), request, layout)
         say(f"rpam: coefficients taken from {path}")
         return path, layout
+    return_freed_memory()
     queries = _encode(planner, request, say)
     prepass = _prepass(planner, request, layout, queries, fixed, processes)
     fingerprint = processes.tell(

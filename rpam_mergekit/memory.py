@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,9 @@ STREAMS = 3  # of hidden states: both experts' and the merged model's
 # Of the free memory; the rest is for a layer's weights, gradients and activations.
 SHARE_OF_DEVICE = 0.4
 SHARE_OF_HOST = 0.5
+# mallopt's number for the size from which memory is mapped, and unmapped when freed.
+M_MMAP_THRESHOLD = -3
+LARGE = 1 << 22
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -28,6 +32,16 @@ CGROUPS = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+
+def return_freed_memory() -> None:
+    """Let this process give the memory of freed large tensors back at once.
+
+    glibc keeps ever larger pieces for later otherwise, which doubles the peak. Of the
+    whole process and for good; does nothing where the C library is another one.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def activation_bytes(batches: Sequence[Batch], width: int) -> int:

@@ -2,7 +2,7 @@
 
 Every query gets the chat template that the merged model will be served with; a
 template per pattern would tell the optimisation the label. Batches hold queries of
-similar length and are padded on the right to their own longest, no further.
+similar length and are padded on the right to their own longest, by a quarter at most.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from rpam_mergekit.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.settings import RpamSettings
+
+PADDING = 0.25  # of a batch, at most
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,24 @@ def encode_calibration(
 def make_batches(
     queries: Sequence[EncodedQuery], batch_size: int, pad_id: int
 ) -> list[Batch]:
-    """Return the queries in batches of similar length, longest last."""
-    ordered = sorted(queries, key=lambda query: len(query.ids))
-    return [
-        _pad(ordered[start : start + batch_size], pad_id)
-        for start in range(0, len(ordered), batch_size)
-    ]
+    """Return the queries in batches of similar length, longest last.
+
+    A batch has fewer than `batch_size` queries where more would be mostly padding.
+    """
+    batches: list[list[EncodedQuery]] = []
+    tokens = 0
+    for query in sorted(queries, key=lambda query: len(query.ids)):
+        longest = len(query.ids)
+        tokens += longest
+        if (
+            not batches
+            or len(batches[-1]) == batch_size
+            or tokens < (1 - PADDING) * longest * (len(batches[-1]) + 1)
+        ):
+            batches.append([])
+            tokens = longest
+        batches[-1].append(query)
+    return [_pad(batch, pad_id) for batch in batches]
 
 
 def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from rpam_mergekit import __version__
 from rpam_mergekit.check import MergeRequest
-from rpam_mergekit.checkpoint import Layout, MergeModels, content_digest
+from rpam_mergekit.checkpoint import Layout, MergeModels, content_digests
 from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prompts import EncodedQuery
@@ -90,11 +90,12 @@ def fingerprint_of(
 ) -> dict[str, Any]:
     """Return what the coefficients are made from, as JSON; reads both models."""
     calibration = request.calibration
+    base, other = content_digests([request.models.base, request.models.other])
     encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
     return {
         "algorithm": ALGORITHM,
-        "base": content_digest(request.models.base),
-        "other": content_digest(request.models.other),
+        "base": base,
+        "other": other,
         "patterns": [request.models.base_pattern, request.models.other_pattern],
         "calibration": calibration.digest if calibration else None,
         "queries": hashlib.sha256(encoded).hexdigest(),

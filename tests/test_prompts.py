@@ -9,7 +9,12 @@ import pytest
 
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prompts import encode_calibration, make_batches
+from rpam_mergekit.prompts import (
+    PADDING,
+    EncodedQuery,
+    encode_calibration,
+    make_batches,
+)
 from rpam_mergekit.settings import RpamSettings
 
 LONG = {"prompt": "1+1*3=", "pattern": "long", "response": "<think>1+1=2</think>6"}
@@ -117,7 +122,21 @@ def test_batches_are_padded_to_their_own_longest_only(encode):
 
 def test_the_tokens_that_decide_are_the_prompts_last_and_the_responses(encode):
     encoded, _ = encode(LONG, SHORT)
-    (batch,) = make_batches(encoded, batch_size=2, pad_id=0)
-    short, long = batch.deciding  # ordered by length
+    batches = make_batches(encoded, batch_size=2, pad_id=0)
+    short, long = (row for b in batches for row in b.deciding)  # ordered by length
     assert short.tolist() == [False] * 6 + [True] * 2 + [False] * (len(short) - 8)
     assert long.tolist() == [False] * 8 + [True] * (len(long) - 8)
+
+
+def test_a_batch_is_never_mostly_padding():
+    lengths = [10] * 3 + [12] * 4 + [30, 31, 100, 101]
+    queries = [EncodedQuery((5,) * n, 3, "long") for n in reversed(lengths)]
+    batches = make_batches(queries, batch_size=5, pad_id=0)
+    assert [batch.attention_mask.sum(dim=1).tolist() for batch in batches] == [
+        [10, 10, 10, 12, 12],
+        [12, 12],
+        [30, 31],
+        [100, 101],
+    ]
+    for batch in batches:
+        assert batch.attention_mask.float().mean() >= 1 - PADDING
