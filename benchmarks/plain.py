@@ -2,8 +2,9 @@
 
 From the words of the paper (arXiv 2601.03506), for these benchmarks: decoder layer
 after decoder layer, 50 epochs of Adam with batches of 16 prompts of one pattern, a
-merging coefficient per weight element or per tensor from 0.5 on, the summed squared
-error plus omega times the contrastive term. Both models are in memory whole.
+merging coefficient per weight element (or per tensor, or a low-rank field of them) from
+0.5 on, the summed squared error plus omega times the contrastive term. Both models are
+in memory whole.
 
 Where the authors' code departs from the paper, this follows the code in what it costs
 (prompts are padded to 1024 tokens, here on the right; both experts' outputs of a layer
@@ -29,7 +30,8 @@ from transformers import AutoModelForCausalLM
 class Published:
     """The published settings; `layers`: how many from the first on (None: all)."""
 
-    granularity: str = "element"
+    granularity: str = "element"  # or low_rank, or tensor
+    rank: int = 16
     epochs: int = 50
     batch_size: int = 16
     padded: int = 1024
@@ -115,23 +117,17 @@ class Plain:
         layers = {
             p: dict(self._layer(p, index).named_parameters()) for p in self.models
         }
-        initial = self.settings.initial_weight
-        by_element = self.settings.granularity == "element"
-        coefficients = {
-            name: torch.full(
-                weight.shape if by_element else (), initial, device=weight.device
-            ).requires_grad_()
-            for name, weight in layers["long"].items()
-        }
+        leaves = {name: self._leaves(w) for name, w in layers["long"].items()}
 
         def merged() -> dict[str, torch.Tensor]:
             return {
-                name: weight + coefficients[name] * (layers["short"][name] - weight)
+                name: weight + _field(leaves[name]) * (layers["short"][name] - weight)
                 for name, weight in layers["long"].items()
             }
 
         optimiser = torch.optim.Adam(
-            coefficients.values(), lr=self.settings.learning_rate
+            [leaf for parts in leaves.values() for leaf in parts],
+            lr=self.settings.learning_rate,
         )
         rng = random.Random(self.settings.seed)
         for _ in range(self.settings.epochs):
@@ -147,8 +143,25 @@ class Plain:
                 after = {p: self._forward(p, index, batch) for p in layers}
                 after["merged"] = self._forward("merged", index, batch, merged())
                 batch.streams = after
-        for name, value in coefficients.items():
-            self.coefficients[f"model.layers.{index}.{name}"] = value.detach()
+        for name, parts in leaves.items():
+            self.coefficients[f"model.layers.{index}.{name}"] = _field(parts).detach()
+
+    def _leaves(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """Return what is optimised for a weight; `_field` makes coefficients of it."""
+        initial, granularity = self.settings.initial_weight, self.settings.granularity
+        if granularity == "low_rank" and weight.dim() == 2:
+            rows, columns = weight.shape
+            rank = self.settings.rank
+            leaves = [
+                torch.full((rows, 1), initial),
+                torch.zeros(1, columns),
+                0.01 * torch.randn(rows, rank),
+                torch.zeros(rank, columns),
+            ]
+        else:
+            shape = () if granularity == "tensor" else weight.shape
+            leaves = [torch.full(shape, initial)]
+        return [leaf.to(weight.device).requires_grad_() for leaf in leaves]
 
     def _layer(self, pattern: str, index: int) -> torch.nn.Module:
         return self.models[pattern].model.layers[index]
@@ -191,3 +204,11 @@ class Plain:
         far = units[0] @ units[2].T / self.settings.temperature
         everything = torch.cat([near.unsqueeze(1), far], dim=1).logsumexp(dim=1)
         return loss + self.settings.contrastive_weight * (everything - near).mean()
+
+
+def _field(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the coefficients of a weight."""
+    if len(leaves) == 1:
+        return leaves[0]
+    row, column, left, right = leaves
+    return row + column + left @ right

@@ -57,23 +57,34 @@ def merge(
 def written(
     base: torch.Tensor,
     other: torch.Tensor,
-    coefficient: torch.Tensor,
+    parts: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the merged weight as it is written, rounded once.
 
-    To `dtype` (the config's `out_dtype`), or to the inputs' common dtype. On a CPU it
-    is made in blocks of rows that stay in its cache, which changes no bit.
+    By a coefficient's `parts`; to `dtype` (the config's `out_dtype`), or to the inputs'
+    common dtype. On a CPU it is made in blocks that stay in its cache.
     """
     dtype = dtype or torch.promote_types(base.dtype, other.dtype)
     if base.dim() == 0 or base.device.type != "cpu":
-        return merge(base, other, coefficient).to(dtype)
+        return merge(base, other, coefficient(parts)).to(dtype)
     result = torch.empty(base.shape, dtype=dtype)
     rows = max(1, BLOCK * base.shape[0] // max(base.numel(), 1))
-    blocks = (t.split(rows) for t in (base, other, coefficient.expand(base.shape)))
-    for block, *inputs in zip(result.split(rows), *blocks, strict=True):
-        block.copy_(merge(*inputs))
+    for start in range(0, base.shape[0], rows):
+        block = slice(start, start + rows)
+        part = coefficient(_block(parts, block, base.dim()))
+        result[block] = merge(base[block], other[block], part)
     return result
+
+
+def _block(
+    parts: Mapping[str, torch.Tensor], block: slice, dimensions: int
+) -> dict[str, torch.Tensor]:
+    """Return the parts for a block of a weight along its first axis."""
+    whole = ("scalar",) if dimensions > 2 else ("scalar", "column", "right")
+    return {
+        part: value if part in whole else value[block] for part, value in parts.items()
+    }
 
 
 def coefficient(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

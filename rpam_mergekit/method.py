@@ -90,14 +90,15 @@ class RpamMerge(GroupMergeMethod):
         weight = parameters["weight"][other.id]
         tensor = parameters["tensor"][other.id]
         if weight is not None:
-            coefficient = torch.tensor(weight, dtype=torch.float32, device=base.device)
+            parts = {"scalar": torch.tensor(weight, dtype=torch.float32)}
         elif tensor is not None:
             file = open_coefficients(parameters["coefficients"])
-            coefficient = file.coefficient(tensor, base.device)
+            parts = file.parts(tensor)
         else:
             raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
         dtype = dtype_from_name(parameters["written_dtype"])
-        return written(base, other.tensor, coefficient, dtype)
+        parts = {part: value.to(base.device) for part, value in parts.items()}
+        return written(base, other.tensor, parts, dtype)
 
 
 METHOD = RpamMerge()

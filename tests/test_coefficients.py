@@ -16,6 +16,7 @@ from rpam_mergekit.coefficients import (
     merge,
     open_coefficients,
     write_coefficients,
+    written,
 )
 from rpam_mergekit.errors import RpamError
 
@@ -45,6 +46,28 @@ def test_the_formula_computes_in_float32_whatever_the_checkpoint():
     merged = merge(base, other, torch.tensor(0.5))
     assert merged.dtype == torch.float32
     assert merged.item() == 1.00390625  # between two neighbours of bfloat16
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("block", [1, 13, 1 << 17])
+def test_a_weight_written_in_blocks_is_the_formula_rounded_once(
+    granularity, block, monkeypatch
+):
+    monkeypatch.setattr(module, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    for name, parts in build(granularity).parts.items():
+        shape = SHAPES[name]
+        parts = {p: torch.randn(v.shape, generator=generator) for p, v in parts.items()}
+        base, other = (torch.randn(shape, generator=generator).bfloat16() for _ in "ab")
+        whole = merge(base, other, coefficient(parts))
+        assert torch.equal(written(base, other, parts), whole.bfloat16())
+        exact = written(base, other, parts, torch.float32)
+        torch.testing.assert_close(exact, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_number_is_merged_too():
+    base, other = torch.tensor(1.0), torch.tensor(3.0)
+    assert written(base, other, {"scalar": torch.tensor(0.25)}) == 1.5
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
