@@ -210,7 +210,8 @@ class PrePass:
     @property
     def _solving_dtype(self) -> torch.dtype:
         lbfgs = self.settings.solver == "lbfgs"
-        return torch.float64 if lbfgs else torch.float32
+        has_float64 = self.decoder.device.type != "mps"
+        return torch.float64 if lbfgs and has_float64 else torch.float32
 
     @torch.no_grad()
     def _run_experts(self, index: int, base: Weights, other: Weights) -> None:

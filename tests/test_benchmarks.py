@@ -115,3 +115,12 @@ def test_full_size_runs_on_the_cpu():
         assert 0 < number(row["share of the bf16 matrix rate"]) < 100
         assert row["GPU peak, MiB"] == ""
     assert number(plain[0]["ratio"]) > 0
+
+
+def test_the_profile_names_phases_and_operations():
+    phases, operations = tables(benchmark("profile_prepass", "--quick"))
+    shares = [number(row["share of the time"]) for row in phases]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert phases[0]["phase"] == "solving"
+    assert shares[0] == max(shares[:-1])
+    assert any("mm" in row["operation"] for row in operations)

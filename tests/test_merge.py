@@ -157,14 +157,15 @@ def test_a_global_weight_filter_does_the_same(pair, tmp_path, mergekit_yaml):
         assert torch.allclose(merged[name], short[name]) is ("self_attn" in name), name
 
 
-def test_bfloat16_checkpoints_are_merged_in_float32_and_rounded_once(
-    tmp_path, tokenizer, mergekit_yaml
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_checkpoints_are_merged_in_float32_and_rounded_once(
+    tmp_path, tokenizer, mergekit_yaml, dtype
 ):
-    save_pair(tmp_path, qwen2_config(tokenizer), tokenizer, torch.bfloat16)
+    save_pair(tmp_path, qwen2_config(tokenizer), tokenizer, dtype)
     write_calibration(tmp_path / "calibration.jsonl")
     succeeded(mergekit_yaml(merge_config(tmp_path, dtype=None)))
     out = tmp_path / "out"
-    assert {value.dtype for value in tensors(out).values()} == {torch.bfloat16}
+    assert {value.dtype for value in tensors(out).values()} == {dtype}
     assert_merged_by_formula(out, tmp_path, out / COEFFICIENTS)
 
 

@@ -11,6 +11,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
+from rpam_mergekit.activations import Shelf
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.checkpoint import MergeModels, plan_layout
 from rpam_mergekit.decoder import Decoder
@@ -22,7 +23,15 @@ from rpam_mergekit.settings import parse_settings
 GRANULARITIES = ("low_rank", "element", "row", "tensor", "module", "layer")
 
 
-def build(folder, fixed=None, dtype=None, out_dtype=None, patterns=None, **parameters):
+def build(
+    folder,
+    fixed=None,
+    dtype=None,
+    out_dtype=None,
+    patterns=None,
+    device="cpu",
+    **parameters,
+):
     settings = parse_settings({"epochs": 4, "batch_size": 8, **parameters})
     base, other = (ModelReference.parse(str(folder / n)) for n in ("long", "short"))
     LoaderCache().setup(MergeOptions())
@@ -34,7 +43,7 @@ def build(folder, fixed=None, dtype=None, out_dtype=None, patterns=None, **param
     return PrePass(
         MergeModels(base, other, *(patterns or ("long", "short"))),
         layout,
-        Decoder(config, compute_dtype=settings.compute_dtype),
+        Decoder(config, device, compute_dtype=settings.compute_dtype),
         make_batches(queries, settings.batch_size, pad_id=0),
         settings,
         dtype=dtype,
@@ -228,3 +237,18 @@ def test_bfloat16_products_solve_much_the_same(pair):
     for one, two in zip(exact.layers, rough.layers, strict=True):
         assert abs(one.gap_after - two.gap_after) < 0.02
         assert two.gap_after < two.gap_before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_a_gpu_solves_what_the_cpu_does(pair, tmp_path, place):
+    on_cpu = build(pair).run()
+    prepass = build(pair, device="cuda")
+    prepass.shelf = Shelf(place, "cuda", tmp_path)
+    on_gpu = prepass.run()
+    for one, two in zip(on_cpu.layers, on_gpu.layers, strict=True):
+        assert abs(one.gap_after - two.gap_after) < 1e-3
+    for name, parts in on_cpu.entries.items():
+        for part, value in parts.items():
+            difference = (value - on_gpu.entries[name][part].cpu()).abs().max()
+            assert difference < 0.02, name

@@ -100,3 +100,12 @@ def test_presets_name_only_settings():
 
 def test_every_setting_has_a_description():
     assert all(field.description for field in RpamSettings.model_fields.values())
+
+
+def test_the_problem_is_the_same_wherever_things_lie():
+    one = parse_settings({"preset": "paper", "calibration": "a.jsonl"})
+    two = parse_settings(
+        {**PRESETS["paper"], "coefficients": "c", "activations": "disk"}
+    )
+    assert one.problem() == two.problem()
+    assert one.problem() != parse_settings({}).problem()

@@ -75,3 +75,55 @@ def test_an_objective_that_is_not_finite_stops_the_solver(name):
         getattr(solver, name)(
             lambda _: point.sum() * float("nan"), 1, [point], **arguments
         )
+
+
+def steps_of(tolerance: float, epochs: int = 300) -> int:
+    point, steps = leaf(), []
+    solver.adam(
+        loss_of(point),
+        2,
+        [point],
+        learning_rate=0.1,
+        epochs=epochs,
+        generator=torch.Generator(),
+        tolerance=tolerance,
+        step=lambda: steps.append(1),
+    )
+    return len(steps)
+
+
+def test_a_converged_layer_is_left_early():
+    assert steps_of(0.0) == 2 * 300
+    assert 2 * 3 <= steps_of(0.5) < steps_of(0.01) < 2 * 300
+
+
+def test_two_epochs_must_be_flat():
+    """Losses by epoch 8, 4, 4, 2, 2, 2, ...: only the last three are two flat ones."""
+    losses = iter([8.0, 4.0, 4.0, 2.0, 2.0, 2.0, 1.0])
+    point = torch.zeros(1, requires_grad=True)
+    solver.adam(
+        lambda _: point.sum() * 0 + next(losses),
+        1,
+        [point],
+        learning_rate=0.1,
+        epochs=7,
+        generator=torch.Generator(),
+        tolerance=0.1,
+    )
+    assert list(losses) == [1.0]
+
+
+def test_what_processes_found_is_summed_before_a_step():
+    """Two halves of every batch, the other one's gradient the same as this one's."""
+    whole, half = leaf(), leaf()
+    common = {"learning_rate": 0.1, "epochs": 5}
+    solver.adam(loss_of(whole), 2, [whole], generator=torch.Generator(), **common)
+    solver.adam(
+        lambda index: loss_of(half)(index) / 2,
+        2,
+        [half],
+        generator=torch.Generator(),
+        total=lambda found: found.mul_(2),
+        **common,
+    )
+    assert torch.equal(whole.detach(), half.detach())
