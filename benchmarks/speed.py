@@ -41,11 +41,11 @@ EPOCHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 50)
 # steps cost so little without padding that smaller batches pay.
 WAYS: dict[str, dict[str, Any]] = {
     "element": {"granularity": "element", "batch_size": 4, "learning_rate": 0.03},
-    "low_rank": {"granularity": "low_rank", "batch_size": 4, "learning_rate": 0.05},
-    "tensor": {"granularity": "tensor", "solver": "lbfgs"},
-    "tensor by Adam": {"granularity": "tensor", "batch_size": 8, "learning_rate": 0.05},
+    "low_rank": {"granularity": "low_rank", "batch_size": 4, "learning_rate": 0.02},
+    "tensor": {"granularity": "tensor", "batch_size": 8, "learning_rate": 0.05},
+    "tensor by L-BFGS": {"granularity": "tensor", "solver": "lbfgs"},
 }
-FIRST_SEED = 100  # the ways were chosen on seed 0
+FIRST_SEED = 200  # the ways were chosen on seeds 0, 100 and 101
 HELD_OUT = 1000  # added to the seed of the prompts that nothing is solved on
 
 
