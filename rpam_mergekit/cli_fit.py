@@ -23,20 +23,27 @@ from rpam_mergekit.references import reachable
 
 @click.command("fit", cls=PrettyPrintHelp)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-@click.argument("out_path", type=click.Path(file_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The coefficients file to write. [default: the config's "
+    "parameters.coefficients]",
+)
 @add_merge_options
-def fit_command(merge_options: MergeOptions, config_file: str, out_path: str) -> None:
+def fit_command(
+    merge_options: MergeOptions, config_file: str, out: Path | None
+) -> None:
     """Run the pre-pass of the merge that CONFIG_FILE describes; write no model.
 
-    The coefficients file is written where the config says, or into OUT_PATH/rpam;
-    'mergekit-yaml CONFIG_FILE OUT_PATH' finds it there and merges by it. Started by
-    torchrun or accelerate launch, all processes share the calibration set: on the GPUs
-    of one or more machines (--device cuda) that see the same folders, or on CPUs.
+    A config that names the file in parameters.coefficients merges by it, without a
+    pre-pass. Started by torchrun or accelerate launch, all processes share the
+    calibration set: on the GPUs of one or more machines (--device cuda) that see the
+    same folders, or on CPUs.
 
     \b
-      mergekit-rpam fit rpam.yml out/ --device cuda
-      torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml out/ --device cuda
-      mergekit-yaml rpam.yml out/ --device cuda
+      mergekit-rpam fit rpam.yml --out coefficients.safetensors --device cuda
+      torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml \\
+        --out coefficients.safetensors --device cuda
     """
     merge_options.apply_global_options()
     source = Path(config_file).read_text(encoding="utf-8")
@@ -46,10 +53,17 @@ def fit_command(merge_options: MergeOptions, config_file: str, out_path: str) ->
             f"merge_method: found '{config.merge_method}'. 'fit' runs the pre-pass of "
             f"'{NAME}'; other methods have none."
         )
+    if out is not None:
+        config.parameters = {**(config.parameters or {}), "coefficients": str(out)}
     with reachable(merge_options):
-        check_config(config, merge_options, source)
+        request = check_config(config, merge_options, source)
+        if request.settings.coefficients is None:
+            raise RpamError(
+                "the coefficients file has no name: give --out, or name it in "
+                "parameters.coefficients."
+            )
         with joined(local_device(merge_options.device or "cpu")) as processes:
-            path = _fit(config, merge_options, out_path, processes)
+            path = _fit(config, merge_options, processes)
     if processes.rank == 0:
         click.echo(str(path))
 
@@ -57,7 +71,6 @@ def fit_command(merge_options: MergeOptions, config_file: str, out_path: str) ->
 def _fit(
     config: MergeConfiguration,
     options: MergeOptions,
-    out_path: str,
     processes: Processes,
 ) -> Path:
     """Run what mergekit does before it plans a merge, then the pre-pass."""
@@ -72,5 +85,5 @@ def _fit(
             LoaderCache().get(model)
     processes.tell(None)
     planner = MergePlanner(config, architecture, options, out_config)
-    path, _ = fit(planner, out_path, processes)
+    path, _ = fit(planner, ".", processes)  # the file's name is given
     return path

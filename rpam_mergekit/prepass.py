@@ -116,7 +116,8 @@ class PrePass:
                 progress.set_postfix(layer=f"{index + 1}/{solution.count}")
                 if index in done:
                     self._repeat(index, solution.solved[index])
-                    progress.initial += solves  # so that the rate is that of this run
+                    if not progress.disable:  # the rate is that of this run
+                        progress.initial += solves
                 else:
                     entries, report = self._solve_layer(
                         index, index in chosen, progress

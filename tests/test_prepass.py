@@ -252,3 +252,18 @@ def test_a_gpu_solves_what_the_cpu_does(pair, tmp_path, place):
         for part, value in parts.items():
             difference = (value - on_gpu.entries[name][part].cpu()).abs().max()
             assert difference < 0.02, name
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_solved_already_is_not_solved_again(pair, quiet):
+    prepass = build(pair)
+    whole = prepass.run()
+    kept = {index: s for index, s in whole.solved.items() if index != 2}
+    again = build(pair)
+    again.quiet = quiet
+    solution = again.run(dict(kept))
+    for index in (0, 1):
+        assert solution.solved[index] is kept[index]
+    assert solution.layers == whole.layers
+    for one, two in zip(again.streams, prepass.streams, strict=True):
+        assert torch.equal(one.merged, two.merged)
