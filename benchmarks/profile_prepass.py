@@ -25,7 +25,7 @@ from rpam_mergekit.solved import SolvedLayers
 
 PHASES = {
     "solving": (PrePass, "_minimise"),
-    "experts' outputs": (PrePass, "_run_experts"),
+    "experts' outputs": (PrePass, "run_experts"),
     "gap before and after, merged stream": (PrePass, "_gap"),
     "loading weights": (ExpertWeights, "layer"),
     "recording": (PrePass, "_entered"),

@@ -140,3 +140,19 @@ class OnShelf:
             setattr(holder, self.name, holder.shelf.keep(tensor))
         else:
             kept.put(tensor)
+
+
+class ShelvedList(Sequence[torch.Tensor]):
+    """Tensors on a shelf, each to be had and replaced by its number."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], shelf: Shelf) -> None:
+        self._kept = [shelf.keep(tensor) for tensor in tensors]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._kept[number].get()
+
+    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
+        self._kept[number].put(tensor)

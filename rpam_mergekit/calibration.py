@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.hub import local_path
 
 PATTERNS = ("long", "short")
 MOST_FINDINGS = 20
@@ -77,16 +78,17 @@ class CalibrationSet(BaseModel):
 
 
 def read_calibration(
-    path: str | Path, patterns: Sequence[str] = PATTERNS
+    path: str | Path, patterns: Sequence[str] | None = PATTERNS
 ) -> CalibrationSet:
     """Return the queries of a calibration file and the SHA-256 digest of its bytes.
 
+    `path` may be a file of the Hub, see `hub`; findings show it as it was given.
     Raises `RpamError`, with a finding for every bad line as ``path:line: field:
     problem`` (at most 20), if the file is missing, not UTF-8, empty, malformed, or
-    does not hold every one of `patterns`.
+    does not hold every one of `patterns`, or others; None takes any.
     """
     try:
-        content = Path(path).read_bytes()
+        content = local_path(str(path), "parameters.calibration").read_bytes()
     except FileNotFoundError:
         raise RpamError(
             f"parameters.calibration: no file {path} (looked for "
@@ -117,9 +119,9 @@ def read_calibration(
     if not findings and not queries:
         findings = [
             f"{path}: the calibration file is empty. It needs queries of the patterns "
-            f"{' and '.join(patterns)}, one JSON object a line."
+            f"{' and '.join(patterns or PATTERNS)}, one JSON object a line."
         ]
-    elif not findings:
+    elif not findings and patterns is not None:
         findings = _missing_patterns(path, queries, patterns)
     if findings:
         raise RpamError(*findings)
@@ -158,7 +160,7 @@ class _BadLine(Exception):
         self.problems = problems
 
 
-def _parse_line(line: str, patterns: Sequence[str]) -> CalibrationQuery:
+def _parse_line(line: str, patterns: Sequence[str] | None) -> CalibrationQuery:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -169,7 +171,7 @@ def _parse_line(line: str, patterns: Sequence[str]) -> CalibrationQuery:
         query = CalibrationQuery.model_validate(record)
     except ValidationError as error:
         raise _BadLine(*(_problem(e, record) for e in error.errors())) from None
-    if query.pattern not in patterns:
+    if patterns is not None and query.pattern not in patterns:
         hint = suggestion(query.pattern, patterns)
         raise _BadLine(f"pattern: found {query.pattern!r}.{hint}")
     return query
@@ -193,7 +195,7 @@ def _missing_patterns(
     found = ", ".join(f"{count} {pattern}" for pattern, count in counts.items())
     return [
         f"{path}: no query has the pattern '{pattern}' (found: {found}). The merge "
-        "learns where to reason from queries of both patterns."
+        "learns where to reason from queries of every pattern."
         for pattern, count in counts.items()
         if not count
     ]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache, LoadTensor
-from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import RpamError, first_line, refuse
@@ -35,12 +33,38 @@ SHAPE_FINDINGS = 5
 
 @dataclass(frozen=True)
 class MergeModels:
-    """The two models of a merge, and the pattern each of them stands for."""
+    """The models of a merge, and the pattern each of them stands for, the base's first.
+
+    Plainly two: the Long-CoT and the Short-CoT model.
+    """
 
     base: ModelReference
-    other: ModelReference
-    base_pattern: str = "long"
-    other_pattern: str = "short"
+    others: tuple[ModelReference, ...]
+    patterns: tuple[str, ...] = ("long", "short")
+
+    @property
+    def every(self) -> tuple[ModelReference, ...]:
+        """The base and the others."""
+        return (self.base, *self.others)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the models are called in files: `base`, then `other` or patterns."""
+        if len(self.others) == 1:
+            return ("base", "other")
+        return ("base", *self.patterns[1:])
+
+    def entry(self, number: int, tensor: str) -> str:
+        """Return the name of a tensor's coefficient for `others[number]`.
+
+        The tensor's own where there is but one other model.
+        """
+        return entry_name(self.patterns[1 + number], tensor, len(self.others))
+
+
+def entry_name(pattern: str | None, tensor: str, others: int) -> str:
+    """Return the name of a tensor's coefficient for one of `others` models."""
+    return tensor if others == 1 else f"{pattern}/{tensor}"
 
 
 @dataclass(frozen=True)
@@ -154,68 +178,6 @@ def load(
     }
 
 
-def compare_shapes(
-    first: ModelReference,
-    second: ModelReference,
-    embeddings: Sequence[str] = ("embed", "wte", "lm_head", "output"),
-) -> list[str]:
-    """Return findings on tensors whose shapes differ, read from the files' headers.
-
-    Models whose weights are not on this disk yet are not compared.
-    """
-    one, two = _shapes(first), _shapes(second)
-    if one is None or two is None:
-        return []
-    findings = []
-    for name in sorted(one.keys() & two.keys()):
-        if one[name] != two[name]:
-            advice = ""
-            if any(word in name for word in embeddings):
-                advice = " The vocabularies differ; rpam merges them by token id."
-            findings.append(
-                f"{name}: shape {one[name]} in {first}, {two[name]} in {second}."
-                f"{advice}"
-            )
-    if len(findings) > SHAPE_FINDINGS:
-        more = len(findings) - SHAPE_FINDINGS
-        findings = [*findings[:SHAPE_FINDINGS], f"{more} more shapes differ."]
-    return findings
-
-
-def _shapes(model: ModelReference) -> Mapping[str, tuple[int, ...]] | None:
-    index = _index(model)
-    if index is None:
-        return None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(set(index.tensor_paths.values())):
-        path = Path(index.base_path) / shard
-        try:
-            shapes |= _shapes_in(path)
-        except Exception as error:
-            raise RpamError(f"{path} cannot be read: {first_line(error)}") from error
-    return shapes
-
-
-def _shapes_in(shard: Path) -> dict[str, tuple[int, ...]]:
-    if shard.suffix.lower() == ".safetensors":
-        with safe_open(shard, framework="pt") as file:
-            return {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
-    tensors = torch.load(
-        shard, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(shard)
-    )
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _index(model: ModelReference) -> ShardedTensorIndex | None:
-    """Return the index of a model whose weights are on this disk; downloads nothing."""
-    if model in LoaderCache().loaders:
-        return LoaderCache().get(model).index
-    folder = Path(model.model.path)
-    if model.lora is not None or not folder.is_dir():
-        return None
-    return ShardedTensorIndex.from_disk(str(folder))
-
-
 def content_digest(model: ModelReference) -> str:
     """Return what identifies a model's weights, see `digest`.
 
@@ -238,11 +200,12 @@ def content_digests(models: Sequence[ModelReference]) -> list[str]:
 def digest(files: Iterable[Path]) -> str:
     """Return the SHA-256 of the SHA-256s of files, in hex and one a line, by name."""
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(_file_digest, sorted(files)))
+        found = list(pool.map(digest_of_file, sorted(files)))
     return hashlib.sha256("".join(f"{one}\n" for one in found).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """Return a file's SHA-256 in hex; what the Hub's cache knows is not read."""
     stored = path.resolve()
     if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
         return stored.name  # the Hub's cache names large files by their SHA-256

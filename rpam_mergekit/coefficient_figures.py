@@ -47,7 +47,8 @@ class CoefficientReport:
 
     @property
     def initial(self) -> float:
-        return float(self.settings.get("initial_weight", 0.5))
+        """The coefficient from which the optimisation started."""
+        return _initial(self.settings, self.models)
 
     @property
     def modules(self) -> list[str]:
@@ -73,13 +74,14 @@ def read_report(path: str | Path) -> CoefficientReport:
     file = CoefficientsFile(path)
     fingerprint = file.metadata.get("fingerprint", {})
     settings = fingerprint.get("settings", {})
-    initial = float(settings.get("initial_weight", 0.5))
+    models = file.metadata.get("models", {})
+    initial = _initial(settings, models)
     names = tqdm(file.names, desc="reading", unit="tensor", leave=False)
     tensors = [_figures(name, file.parts(name), initial) for name in names]
     tensors.sort(key=lambda t: (t.layer is None, t.layer or 0))
     return CoefficientReport(
         path=str(path),
-        models=file.metadata.get("models", {}),
+        models=models,
         settings=settings,
         version=str(file.metadata.get("version", "")),
         layers=file.metadata.get("layers", []),
@@ -103,9 +105,16 @@ def _figures(
     )
 
 
+def _initial(settings: Mapping[str, Any], models: Mapping[str, str]) -> float:
+    return float(settings.get("initial_weight", 0.5)) / max(len(models) - 1, 1)
+
+
 def _place(name: str) -> tuple[int | None, str]:
-    match = re.search(r"\.(\d+)\.(.+)$", name)
-    return (int(match[1]), match[2]) if match else (None, OUTSIDE)
+    pattern, _, tensor = name.rpartition("/")
+    match = re.search(r"\.(\d+)\.(.+)$", tensor)
+    if not match:
+        return None, OUTSIDE
+    return int(match[1]), f"{pattern}: {match[2]}" if pattern else match[2]
 
 
 def _thinned(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,8 +22,8 @@ def text(report: CoefficientReport) -> str:
     head, rows = layer_rows(report)
     lines = [
         f"{report.path} (rpam-mergekit {report.version})",
-        f"base {report.models.get('base', '?')}, other "
-        f"{report.models.get('other', '?')}; {report.settings.get('granularity', '?')}",
+        f"{', '.join(f'{role} {name}' for role, name in _models(report).items())}; "
+        f"{report.settings.get('granularity', '?')}",
         "",
         *aligned([head, *rows]),
         "",
@@ -32,6 +32,10 @@ def text(report: CoefficientReport) -> str:
         *_NOTES,
     ]
     return "\n".join(lines)
+
+
+def _models(report: CoefficientReport) -> dict[str, str]:
+    return {"base": "?", "other": "?"} if not report.models else dict(report.models)
 
 
 _MODULE_HEAD = ["module", "mean", "5 %", "25 %", "median", "75 %", "95 %", "departure"]
@@ -160,9 +164,7 @@ def page(report: CoefficientReport) -> str:
     svg = picture.getvalue()[picture.getvalue().index("<svg") :]
     head, rows = layer_rows(report)
     settings = [[name, str(value)] for name, value in sorted(report.settings.items())]
-    title = (
-        f"rpam: {report.models.get('base', '?')} + {report.models.get('other', '?')}"
-    )
+    title = f"rpam: {' + '.join(_models(report).values())}"
     return "\n".join(
         [
             "<!DOCTYPE html>",

@@ -1,8 +1,9 @@
 """Merging coefficients: the merge formula, coefficient fields, and their file.
 
 The formula, elementwise in float32: ``merged = base + c * (other - base)``. `c` is the
-share of the model that is not the base (paper eq. 4 writes it w). For a weight of
-shape (..., rows, columns) `c` is the sum of whichever parts exist:
+share of the model that is not the base (paper eq. 4 writes it w). Of several other
+models the products ``c * (other - base)`` are summed in their order, then added. For a
+weight of shape (..., rows, columns) `c` is the sum of whichever parts exist:
 
     scalar  ()                  one number
     element (..., rows, columns)
@@ -11,15 +12,16 @@ shape (..., rows, columns) `c` is the sum of whichever parts exist:
     left    (..., rows, rank) @ right (..., rank, columns)
 
 Leading axes are experts of a fused mixture-of-experts weight. The file is safetensors
-with one entry ``tensor name/part`` each and one metadata key, a JSON object.
+with one entry ``tensor name/part`` each, of several other models
+``pattern/tensor name/part``, and one metadata key, a JSON object.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +42,58 @@ def task_vector(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return other.float() - base.float()
 
 
-def add_task_vector(
-    base: torch.Tensor, vector: torch.Tensor, coefficient: torch.Tensor
+def add_task_vectors(
+    base: torch.Tensor, terms: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """Return ``base + coefficient * vector``; `coefficient` is broadcast."""
-    return base + coefficient * vector
+    """Return the merge formula's sum of `base` and ``coefficient * vector``.
+
+    `terms`: a coefficient, which is broadcast, and a task vector of every other model.
+    """
+    products = (coefficient * vector for coefficient, vector in terms)
+    return base + functools.reduce(torch.add, products)
 
 
 def merge(
-    base: torch.Tensor, other: torch.Tensor, coefficient: torch.Tensor
+    base: torch.Tensor, terms: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """Return the merged weight in float32: the merge formula."""
-    return add_task_vector(base.float(), task_vector(base, other), coefficient)
+    """Return the merged weight in float32: the merge formula.
+
+    `terms`: a coefficient and the weight of every other model.
+    """
+    return add_task_vectors(
+        base.float(), ((c, task_vector(base, other)) for c, other in terms)
+    )
 
 
 def written(
     base: torch.Tensor,
-    other: torch.Tensor,
-    parts: Mapping[str, torch.Tensor],
+    others: Sequence[torch.Tensor],
+    parts: Sequence[Mapping[str, torch.Tensor]],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the merged weight as it is written, rounded once.
 
-    By a coefficient's `parts`; to `dtype` (the config's `out_dtype`), or to the inputs'
-    common dtype. On a CPU it is made in blocks that stay in its cache.
+    By the `parts` of every other model's coefficient; to `dtype` (the config's
+    `out_dtype`), or to the inputs' common dtype. No zero is negative, as in mergekit's
+    own methods. On a CPU it is made in blocks that stay in its cache.
     """
-    dtype = dtype or torch.promote_types(base.dtype, other.dtype)
+    dtype = dtype or common_dtype(base, *others)
     if base.dim() == 0 or base.device.type != "cpu":
-        return merge(base, other, coefficient(parts)).to(dtype)
+        whole = zip(map(coefficient, parts), others, strict=True)
+        return merge(base, whole).add_(0.0).to(dtype)
     result = torch.empty(base.shape, dtype=dtype)
     rows = max(1, BLOCK * base.shape[0] // max(base.numel(), 1))
     for start in range(0, base.shape[0], rows):
         block = slice(start, start + rows)
-        part = coefficient(_block(parts, block, base.dim()))
-        result[block] = merge(base[block], other[block], part)
+        coefficients = (coefficient(_block(p, block, base.dim())) for p in parts)
+        terms = zip(coefficients, (other[block] for other in others), strict=True)
+        result[block] = merge(base[block], terms).add_(0.0)
     return result
+
+
+def common_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Return the dtype to which all of the tensors' dtypes are promoted."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
 def _block(
@@ -105,116 +124,27 @@ def coefficient(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
-class LayerCoefficients:
-    """The coefficients of one decoder layer, as leaves that a solver can move.
-
-    `shapes` maps each of the layer's weights to its shape; the names are relative to
-    the layer. `fixed` weights keep the number the user set. All start at `initial`.
-    """
-
-    def __init__(
-        self,
-        shapes: Mapping[str, torch.Size],
-        *,
-        granularity: str,
-        rank: int = 0,
-        initial: float = 0.5,
-        fixed: Mapping[str, float] | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.initial = initial
-        self.parts: dict[str, dict[str, torch.Tensor]] = {}
-        shared: dict[str, torch.Tensor] = {}
-        self.leaves: list[torch.Tensor] = []
-
-        def leaf(value: torch.Tensor) -> torch.Tensor:
-            # Drawn on the CPU, so that every device starts from the same numbers.
-            value = value.to(device=device, dtype=dtype).requires_grad_()
-            self.leaves.append(value)
-            return value
-
-        for name, shape in shapes.items():
-            if fixed is not None and name in fixed:
-                number = torch.tensor(fixed[name], dtype=dtype, device=device)
-                self.parts[name] = {"scalar": number}
-            elif granularity in ("layer", "module", "tensor"):
-                group = _group(name, granularity)
-                if group not in shared:
-                    shared[group] = leaf(torch.tensor(initial))
-                self.parts[name] = {"scalar": shared[group]}
-            elif granularity == "element" or len(shape) < 2:
-                self.parts[name] = {"element": leaf(torch.full(shape, initial))}
-            elif granularity == "row":
-                self.parts[name] = {"row": leaf(torch.full(shape[:-1], initial))}
-            else:
-                *experts, rows, columns = shape
-                field = {
-                    "row": leaf(torch.full((*experts, rows), initial)),
-                    "column": leaf(torch.zeros(*experts, columns)),
-                }
-                if rank:
-                    noise = torch.randn(*experts, rows, rank, generator=generator)
-                    field["left"] = leaf(0.01 * noise)
-                    field["right"] = leaf(torch.zeros(*experts, rank, columns))
-                self.parts[name] = field
-
-    def coefficient(self, name: str) -> torch.Tensor:
-        """Return the coefficient of one weight, broadcastable to it."""
-        return coefficient(self.parts[name])
-
-    def penalty(self) -> torch.Tensor:
-        """Return the mean over weights of the mean squared departure from `initial`."""
-        departures = [
-            (coefficient(parts) - self.initial).square().mean()
-            for parts in self.parts.values()
-            if any(value.requires_grad for value in parts.values())
-        ]
-        return torch.stack(departures).mean()
-
-    def solved(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return every weight's parts, detached, in the float32 of the file."""
-        return {
-            name: {part: value.detach().float() for part, value in parts.items()}
-            for name, parts in self.parts.items()
-        }
-
-
-def count_numbers(shape: torch.Size, granularity: str, rank: int) -> int:
-    """Return how many numbers the file has for a weight of `shape`."""
-    if granularity in ("layer", "module", "tensor"):
-        return 1
-    if granularity == "element" or len(shape) < 2:
-        return shape.numel()
-    rows = shape[:-1].numel()
-    if granularity == "row":
-        return rows
-    experts = shape[:-2].numel()
-    return (rows + experts * shape[-1]) * (1 + rank)
-
-
-def _group(name: str, granularity: str) -> str:
-    """Return what shares a scalar with `name`: its layer, its module, or nothing."""
-    if granularity == "layer":
-        return ""
-    return name.split(".")[0] if granularity == "module" else name
+def in_file(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a part as the file has it: fields in `dtype`, scalars in float32."""
+    return value.to(dtype) if value.dim() else value
 
 
 def write_coefficients(
     path: str | Path,
     entries: Mapping[str, Mapping[str, torch.Tensor]],
     metadata: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a coefficients file whole or not at all; the same inputs, the same bytes.
 
-    `entries`: tensor name -> part -> float32 tensor. `metadata` must be JSON. It is on
-    disk when this returns. One writer at a time. Raises `OSError`.
+    `entries`: tensor name -> part -> float32 tensor, of which fields are written in
+    `dtype`. `metadata` must be JSON. It is on disk when this returns. One writer at a
+    time. Raises `OSError`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{name}/{part}": value.contiguous().cpu()
+        f"{name}/{part}": in_file(value, dtype).contiguous().cpu()
         for name, parts in entries.items()
         for part, value in parts.items()
     }
@@ -280,7 +210,7 @@ class CoefficientsFile:
         if name not in self._parts:
             raise RpamError(f"{self.path}: no coefficients for tensor {name}")
         return {
-            part: self._file.get_tensor(f"{name}/{part}")
+            part: self._file.get_tensor(f"{name}/{part}").float()
             for part in sorted(self._parts[name], key=PARTS.index)
         }
 
@@ -297,6 +227,6 @@ def open_coefficients(path: str | Path) -> CoefficientsFile:
     return _open(str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-_open: Callable[..., CoefficientsFile] = lru_cache(maxsize=4)(
+_open: Callable[..., CoefficientsFile] = functools.lru_cache(maxsize=4)(
     lambda path, *_identity: CoefficientsFile(path)
 )

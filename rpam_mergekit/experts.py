@@ -1,15 +1,20 @@
-"""The weights of both experts, a decoder layer at a time, and merged as written."""
+"""The weights of all experts, a decoder layer at a time, and merged as written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from mergekit.common import dtype_from_name
 
 from rpam_mergekit.checkpoint import Layout, MergeModels, load
-from rpam_mergekit.coefficients import add_task_vector, coefficient, task_vector
+from rpam_mergekit.coefficients import (
+    add_task_vectors,
+    coefficient,
+    common_dtype,
+    task_vector,
+)
 from rpam_mergekit.decoder import Decoder
 
 Weights = dict[str, torch.Tensor]
@@ -17,41 +22,45 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Merging:
-    """Weights to be merged: base and task vector in float32, and what is written.
+    """Weights to be merged: base and task vectors in float32, and what is written.
 
-    Weights of whole numbers are in `base` only, as they are.
+    `vectors` has one task vector per other model. Weights of whole numbers are in
+    `base` only, as they are.
     """
 
     base: Weights
-    vector: Weights
+    vectors: Mapping[str, Sequence[torch.Tensor]]
     dtypes: Mapping[str, torch.dtype]
 
     @classmethod
     def of(
-        cls, base: Weights, other: Weights, out_dtypes: Mapping[str, str | None]
+        cls, experts: Sequence[Weights], out_dtypes: Mapping[str, str | None]
     ) -> Merging:
-        """Return the experts' difference; they are emptied on the way."""
-        origin, vector, dtypes = {}, {}, {}
-        for name in list(base):
-            first, second = base.pop(name), other.pop(name)
-            origin[name] = first.float() if first.is_floating_point() else first
-            if first.is_floating_point():
-                vector[name] = task_vector(first, second)
-                dtypes[name] = dtype_from_name(out_dtypes[name]) or torch.promote_types(
-                    first.dtype, second.dtype
-                )
-        return cls(origin, vector, dtypes)
+        """Return the experts' differences, base first; they are emptied on the way."""
+        origin, vectors, dtypes = {}, {}, {}
+        for name in list(experts[0]):
+            base, *others = (expert.pop(name) for expert in experts)
+            origin[name] = base.float() if base.is_floating_point() else base
+            if base.is_floating_point():
+                dtype = dtype_from_name(out_dtypes[name])
+                dtypes[name] = dtype or common_dtype(base, *others)
+                vectors[name] = [task_vector(base, other) for other in others]
+        return cls(origin, vectors, dtypes)
 
-    def written(self, solved: Mapping[str, Weights]) -> Weights:
+    def written(self, solved: Sequence[Mapping[str, Weights]]) -> Weights:
         """Return the merged weights as the writer will round them, in float32.
 
-        `solved`: coefficient parts by name.
+        `solved`: coefficient parts by name, of every other model.
         """
         merged = {}
         for name, base in self.base.items():
-            if name in self.vector:
-                parts = {p: value.to(base.device) for p, value in solved[name].items()}
-                value = add_task_vector(base, self.vector[name], coefficient(parts))
+            if name in self.vectors:
+                coefficients = [
+                    coefficient({p: v.to(base.device) for p, v in of[name].items()})
+                    for of in solved
+                ]
+                terms = zip(coefficients, self.vectors[name], strict=True)
+                value = add_task_vectors(base, terms)
                 merged[name] = value.to(self.dtypes[name]).float()
             else:
                 merged[name] = base
@@ -59,7 +68,7 @@ class Merging:
 
 
 class ExpertWeights:
-    """Loads both models' weights onto the decoder's device.
+    """Loads all models' weights onto the decoder's device.
 
     `dtype` and `out_dtype` are the config's. Names are those of the checkpoint outside
     the layers, and those within the layer inside. Raises `RpamError` if a layer of the
@@ -87,30 +96,26 @@ class ExpertWeights:
                 name: w.force_dtype or out_dtype for name, w in names.items()
             }
 
-    def entering(self) -> tuple[Weights, Weights]:
-        """Return base and other of what comes before the layers."""
-        return self._load(self.layout.entering)
+    def entering(self, expert: int) -> Weights:
+        """Return an expert's weights of what comes before the layers; 0 is the base."""
+        model = self.models.every[expert]
+        device = str(self.decoder.device)
+        return load(model, self.layout.entering, self.dtype, device)
 
-    def layer(self, index: int) -> tuple[dict[str, str], Weights, Weights]:
-        """Return a layer's names within itself by full name, and base and other."""
+    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
+        """Return a layer's names within itself by full name, and all experts'."""
         infos = self.layout.layers[index]
         within = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
-        base, other = (
-            {within[name]: value for name, value in weights.items()}
-            for weights in self._load(infos)
-        )
-        return within, base, other
-
-    def merging(self, base: Weights, other: Weights) -> Merging:
-        """Return what the merge needs of the experts, which are emptied."""
-        return Merging.of(base, other, self.out_dtypes)
-
-    def _load(self, infos) -> tuple[Weights, Weights]:
         device = str(self.decoder.device)
-        return (
-            load(self.models.base, infos, self.dtype, device),
-            load(self.models.other, infos, self.dtype, device),
-        )
+        experts = []
+        for model in self.models.every:
+            weights = load(model, infos, self.dtype, device)
+            experts.append({within[name]: value for name, value in weights.items()})
+        return within, experts
+
+    def merging(self, experts: Sequence[Weights]) -> Merging:
+        """Return what the merge needs of the experts, which are emptied."""
+        return Merging.of(experts, self.out_dtypes)
 
 
 def float32(weights: Weights) -> Weights:

@@ -12,13 +12,12 @@ import psutil
 import torch
 
 from rpam_mergekit.activations import Shelf
-from rpam_mergekit.coefficients import count_numbers
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.granularity import count_numbers
 from rpam_mergekit.prompts import Batch
 from rpam_mergekit.settings import RpamSettings
 
-STREAMS = 3  # of hidden states: both experts' and the merged model's
 # Of the free memory; the rest is for a layer's weights, gradients and activations.
 SHARE_OF_DEVICE = 0.4
 SHARE_OF_HOST = 0.5
@@ -44,22 +43,29 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def activation_bytes(batches: Sequence[Batch], width: int) -> int:
-    """Return what the calibration set's hidden states and masks take, in bytes."""
+def activation_bytes(batches: Sequence[Batch], width: int, experts: int = 2) -> int:
+    """Return what the calibration set's hidden states and masks take, in bytes.
+
+    Hidden states are those of the experts and of the merged model.
+    """
     total = 0
     for batch in batches:
         queries, tokens = batch.input_ids.shape
-        total += queries * tokens * (STREAMS * 4 * width + tokens)
+        total += queries * tokens * ((experts + 1) * 4 * width + tokens)
     return total
 
 
-def coefficient_bytes(decoder: Decoder, settings: RpamSettings) -> int:
-    """Return what the coefficients of all decoder layers take, in bytes."""
-    return 4 * sum(
+def coefficient_bytes(decoder: Decoder, settings: RpamSettings, others: int = 1) -> int:
+    """Return what the coefficients of all decoder layers take in their file, in bytes.
+
+    While a layer is solved, its coefficients are in float32.
+    """
+    numbers = sum(
         count_numbers(weight.shape, settings.granularity, settings.rank)
         for layer in decoder.layers
         for weight in layer.parameters()
     )
+    return numbers * others * (2 if settings.coefficient_dtype == "float16" else 4)
 
 
 def choose_shelf(

@@ -1,18 +1,19 @@
 """The pre-pass: merging coefficients, decoder layer by decoder layer (paper section 3).
 
 1. Record, once, how the model's own code calls every layer on every batch.
-2. Run three streams of hidden states side by side: each expert on its own outputs,
-   and the merged model on its own.
-3. For each layer: load its weights from both checkpoints, compute both experts'
-   outputs once, minimise the objective over the coefficients, and send the merged
-   stream through the merged weights exactly as they will be written.
+2. Run streams of hidden states side by side: each expert on its own outputs, and the
+   merged model on its own.
+3. For each layer: load its weights from all checkpoints, compute the experts' outputs
+   once, minimise the objective over the coefficients, and send the merged stream
+   through the merged weights exactly as they will be written.
 
 Knows nothing of mergekit's planner. One decoder layer's weights are in memory at a
-time, of both models; the calibration set's activations lie where the shelf is.
+time, of all models; the calibration set's activations lie where the shelf is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -23,13 +24,13 @@ from rpam_mergekit import solver
 from rpam_mergekit.activations import Shelf
 from rpam_mergekit.checkpoint import Layout, MergeModels
 from rpam_mergekit.coefficients import (
-    LayerCoefficients,
-    add_task_vector,
+    add_task_vectors,
     coefficient,
 )
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
+from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.memory import knobs
 from rpam_mergekit.parallel import Processes
 from rpam_mergekit.prompts import Batch
@@ -63,7 +64,7 @@ class PrePass:
         processes: Processes | None = None,
         quiet: bool = False,
     ) -> None:
-        """`dtype` and `out_dtype` are the config's; `fixed` maps tensors to weights.
+        """`dtype` and `out_dtype` are the config's; `fixed` maps entries to weights.
 
         `shelf` is where activations lie, by default the device.
         """
@@ -133,19 +134,21 @@ class PrePass:
 
     def _outside(self) -> Entries:
         """Return the coefficients of what is outside the layers."""
-        weight = self.settings.outside_weight
-        return {
-            w.name: {"scalar": torch.tensor(self.fixed.get(w.name, weight))}
-            for w in self.layout.outside
-        }
+        weight = self.settings.outside_weight / len(self.models.others)
+        names = [
+            self.models.entry(number, info.name)
+            for number in range(len(self.models.others))
+            for info in self.layout.outside
+        ]
+        return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
 
     def _entered(self, recorder: Recorder) -> list[Stream]:
-        return recorder.streams(self._outside(), self.models.other_pattern)
+        return recorder.streams(self._outside())
 
     def _most_divergent(self, recorder: Recorder) -> set[int]:
         """Return the layers to optimise: the share in which the experts differ most.
 
-        Sends both experts through all layers once, unless all are to be optimised.
+        Sends the experts through all layers once, unless all are to be optimised.
         """
         count = len(self.layout.layers)
         most = max(1, round(self.settings.layers * count))
@@ -154,18 +157,18 @@ class PrePass:
         self.streams = self._entered(recorder)
         divergences = []
         for index in tqdm(range(count), desc="divergence", disable=self.quiet):
-            _, base, other = self.experts.layer(index)
-            self._run_experts(index, base, other)
+            _, experts = self.experts.layer(index)
+            self.run_experts(index, experts)
             divergences.append(divergence(self.streams, self.processes))
         order = sorted(range(count), key=lambda index: -divergences[index])
         return set(order[:most])
 
     def _repeat(self, index: int, solution: LayerSolution) -> None:
         """Send the streams through a layer that has been solved before."""
-        relative, base, other = self.experts.layer(index)
-        self._run_experts(index, base, other)
-        weights = self.experts.merging(base, other)
-        solved = {relative[name]: parts for name, parts in solution.entries.items()}
+        relative, experts = self.experts.layer(index)
+        self.run_experts(index, experts)
+        weights = self.experts.merging(experts)
+        solved = self.by_model(solution.entries, relative)
         for stream, hidden in self._advanced(index, weights, solved):
             stream.merged = hidden
         state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
@@ -174,25 +177,28 @@ class PrePass:
     def _solve_layer(
         self, index: int, optimised: bool, progress: tqdm
     ) -> tuple[Entries, LayerReport]:
-        relative, base, other = self.experts.layer(index)
-        self._run_experts(index, base, other)
-        weights = self.experts.merging(base, other)
-        coefficients = LayerCoefficients(
-            {name: vector.shape for name, vector in weights.vector.items()},
-            granularity=self.settings.granularity,
-            rank=self.settings.rank,
-            initial=self.settings.initial_weight,
-            fixed={relative[n]: c for n, c in self.fixed.items() if n in relative},
-            dtype=self._solving_dtype,
-            device=self.decoder.device,
-            generator=self.generator,
-        )
-        gap_before = self._gap(index, weights, coefficients.solved())
-        if coefficients.leaves and optimised:
+        relative, experts = self.experts.layer(index)
+        self.run_experts(index, experts)
+        weights = self.experts.merging(experts)
+        coefficients = [
+            self._initial(number, weights, relative)
+            for number in range(len(self.models.others))
+        ]
+        before = [c.solved(self._file_dtype) for c in coefficients]
+        gap_before = self.layer_gap(index, weights, before)
+        if optimised and any(c.leaves for c in coefficients):
             self._minimise(index, weights, coefficients, progress)
-        solved = coefficients.solved()
-        gap_after = self._gap(index, weights, solved, advance=True)
-        mean = torch.stack([coefficient(parts).mean() for parts in solved.values()])
+        solved = [c.solved(self._file_dtype) for c in coefficients]
+        gap_after = self.layer_gap(index, weights, solved, advance=True)
+        if not math.isfinite(gap_after):
+            raise RpamError(
+                f"layer {index}: the merged weights give hidden states that are not "
+                "finite numbers. Lower parameters.learning_rate (now "
+                f"{self.settings.learning_rate}) or use coefficient_dtype: float32."
+            )
+        mean = torch.stack(
+            [coefficient(parts).mean() for of in solved for parts in of.values()]
+        )
         report = LayerReport(
             index,
             gap_before,
@@ -202,11 +208,47 @@ class PrePass:
             optimised,
         )
         entries = {
-            name: solved[within]
+            self.models.entry(number, name): of[within]
+            for number, of in enumerate(solved)
             for name, within in relative.items()
-            if within in solved
+            if within in of
         }
         return entries, report
+
+    def _initial(
+        self, number: int, weights: Merging, relative: Mapping[str, str]
+    ) -> LayerCoefficients:
+        """Return the coefficients of one other model's weights, not yet solved."""
+        entries = {self.models.entry(number, n): name for n, name in relative.items()}
+        return LayerCoefficients(
+            {name: vectors[number].shape for name, vectors in weights.vectors.items()},
+            granularity=self.settings.granularity,
+            rank=self.settings.rank,
+            initial=self.settings.initial_weight / len(self.models.others),
+            fixed={entries[n]: c for n, c in self.fixed.items() if n in entries},
+            dtype=self._solving_dtype,
+            device=self.decoder.device,
+            generator=self.generator,
+        )
+
+    def by_model(
+        self, entries: Entries, relative: Mapping[str, str]
+    ) -> list[dict[str, Weights]]:
+        """Return a layer's entries by other model and by name within the layer."""
+        return [
+            {
+                within: entries[name]
+                for name, within in (
+                    (self.models.entry(number, n), w) for n, w in relative.items()
+                )
+                if name in entries
+            }
+            for number in range(len(self.models.others))
+        ]
+
+    @property
+    def _file_dtype(self) -> torch.dtype:
+        return getattr(torch, self.settings.coefficient_dtype)
 
     @property
     def _solving_dtype(self) -> torch.dtype:
@@ -215,20 +257,18 @@ class PrePass:
         return torch.float64 if lbfgs and has_float64 else torch.float32
 
     @torch.no_grad()
-    def _run_experts(self, index: int, base: Weights, other: Weights) -> None:
-        """Send both experts' streams through a layer, one expert after the other."""
-        for expert, weights in (("base", base), ("other", other)):
+    def run_experts(self, index: int, experts: Sequence[Weights]) -> None:
+        """Send the experts' streams through a layer, one expert after the other."""
+        for number, weights in enumerate(experts):
             weights = float32(weights)
             for stream in self.streams:
-                hidden = getattr(stream, expert)
-                hidden = self.decoder.replay(
-                    index, weights, hidden, stream.calls[index]
+                stream.experts[number] = self.decoder.replay(
+                    index, weights, stream.experts[number], stream.calls[index]
                 )
-                setattr(stream, expert, hidden)
 
     @torch.no_grad()
     def _advanced(
-        self, index: int, weights: Merging, solved: Mapping[str, Weights]
+        self, index: int, weights: Merging, solved: Sequence[Mapping[str, Weights]]
     ) -> Iterator[tuple[Stream, torch.Tensor]]:
         """Yield the merged streams after this layer, with the weights as written."""
         written = weights.written(solved)
@@ -236,11 +276,11 @@ class PrePass:
             call = stream.calls[index]
             yield stream, self.decoder.replay(index, written, stream.merged, call)
 
-    def _gap(
+    def layer_gap(
         self,
         index: int,
         weights: Merging,
-        solved: Mapping[str, Weights],
+        solved: Sequence[Mapping[str, Weights]],
         advance: bool = False,
     ) -> float:
         """Return the gap that a layer's coefficients leave; `advance` the streams."""
@@ -257,21 +297,22 @@ class PrePass:
         self,
         index: int,
         weights: Merging,
-        coefficients: LayerCoefficients,
+        coefficients: Sequence[LayerCoefficients],
         progress: tqdm,
     ) -> None:
         dtype = self._solving_dtype
         scale = expert_distance(self.streams, self.processes)
         origin = {n: self._cast(value) for n, value in weights.base.items()}
-        vectors = {n: self._cast(value) for n, value in weights.vector.items()}
+        vectors = {n: [self._cast(v) for v in of] for n, of in weights.vectors.items()}
 
         def batch_loss(number: int) -> torch.Tensor:
             stream = self.streams[number]
             merged = origin | {
-                name: add_task_vector(
-                    origin[name], vector, coefficients.coefficient(name)
+                name: add_task_vectors(
+                    origin[name],
+                    zip((c.coefficient(name) for c in coefficients), of, strict=True),
                 )
-                for name, vector in vectors.items()
+                for name, of in vectors.items()
             }
             call = stream.calls[index]
             if dtype != torch.float32:
@@ -281,7 +322,8 @@ class PrePass:
                 stream, hidden, scale, len(self.streams), self.settings, self.processes
             )
             if self.settings.regularization:
-                penalty = coefficients.penalty() / self.processes.count
+                penalties = torch.stack([c.penalty() for c in coefficients])
+                penalty = penalties.mean() / self.processes.count
                 loss = loss + self.settings.regularization * penalty
             return loss
 
@@ -290,7 +332,8 @@ class PrePass:
             "step": progress.update,
             "total": self.processes.sum,
         }
-        count, leaves = len(self.streams), coefficients.leaves
+        count = len(self.streams)
+        leaves = [leaf for c in coefficients for leaf in c.leaves]
         try:
             if self.settings.solver == "lbfgs":
                 solver.lbfgs(batch_loss, count, leaves, **arguments)

@@ -1,12 +1,13 @@
-"""The calibration set enters the decoder: every batch recorded, three streams begun."""
+"""The calibration set enters the decoder: every batch recorded, its streams begun."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from rpam_mergekit.activations import PlacedCalls, Shelf
+from rpam_mergekit.calls import Call
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.experts import ExpertWeights, Weights, float32
 from rpam_mergekit.parallel import Processes
@@ -17,7 +18,7 @@ from rpam_mergekit.streams import Stream, weigh_tokens
 
 
 class Recorder:
-    """Records the batches; `other_pattern` is what the model beside the base is for.
+    """Records the batches; every query's pattern names one of the models.
 
     Of several processes each records its own share of every batch's queries.
     """
@@ -38,32 +39,45 @@ class Recorder:
         self.shelf = shelf
         self.processes = processes
 
-    def streams(self, entries: Entries, other_pattern: str) -> list[Stream]:
+    def streams(self, entries: Entries) -> list[Stream]:
         """Return the streams where they enter the first layer.
 
         `entries` are the coefficients of the weights outside the layers. One model's
-        embeddings are in memory at a time.
+        embeddings are in memory at a time, but all of them for the merged one's.
         """
         streams: list[Stream] = []
-        for expert in ("base", "other", "merged"):
-            weights = self._weights(expert, entries)
-            for number, batch in enumerate(self.batches):
-                rows = self._rows(batch)
-                hidden, calls = self.decoder.record(
-                    weights, batch.input_ids[rows], batch.attention_mask[rows]
-                )
-                if expert == "base":
+        count = len(self.experts.models.every)
+        for expert in range(count):
+            weights = float32(self.experts.entering(expert))
+            for number, (hidden, calls) in enumerate(self._recorded(weights)):
+                if expert == 0:
                     placed = PlacedCalls(calls, self.shelf)
-                    streams.append(self._stream(number, placed, hidden, other_pattern))
+                    streams.append(self._stream(number, placed, hidden, count))
                 else:
-                    setattr(streams[number], expert, hidden)
+                    streams[number].experts[expert] = hidden
+        weights = self._merged(entries)
+        for number, (hidden, _) in enumerate(self._recorded(weights)):
+            streams[number].merged = hidden
         return streams
 
-    def _weights(self, expert: str, entries: Entries) -> Weights:
-        base, other = self.experts.entering()
-        if expert == "merged":
-            return self.experts.merging(base, other).written(entries)
-        return float32(base if expert == "base" else other)
+    def _recorded(self, weights: Weights) -> Iterator[tuple[torch.Tensor, list[Call]]]:
+        for batch in self.batches:
+            rows = self._rows(batch)
+            yield self.decoder.record(
+                weights, batch.input_ids[rows], batch.attention_mask[rows]
+            )
+
+    def _merged(self, entries: Entries) -> Weights:
+        """Return the merged weights of what comes before the layers."""
+        models = self.experts.models
+        weights = [self.experts.entering(n) for n in range(len(models.every))]
+        names = list(weights[0])
+        return self.experts.merging(weights).written(
+            [
+                {name: entries[models.entry(number, name)] for name in names}
+                for number in range(len(models.others))
+            ]
+        )
 
     def _rows(self, batch: Batch) -> slice:
         """Return this process's queries of a batch, or one that weighs nothing."""
@@ -75,22 +89,22 @@ class Recorder:
         number: int,
         calls: PlacedCalls,
         hidden: torch.Tensor,
-        other_pattern: str,
+        experts: int,
     ) -> Stream:
         batch = self.batches[number]
         mine = self.processes.share(len(batch.patterns))
         rows = self._rows(batch)
         weight = float(mine.start < mine.stop)
         of_tokens, shares = (weight * w[rows] for w in self.weighed[number])
-        positive = [pattern == other_pattern for pattern in batch.patterns[rows]]
+        patterns = self.experts.models.patterns
+        positive = [patterns.index(pattern) for pattern in batch.patterns[rows]]
         device = self.decoder.device
         return Stream(
             calls=calls,
-            base=hidden,
-            other=hidden,
+            experts=[hidden] * experts,
             merged=hidden,
             counted=batch.attention_mask[rows].bool().to(device),
-            other_is_positive=torch.tensor(positive, device=device),
+            patterns=torch.tensor(positive, device=device),
             token_weights=of_tokens.to(device),
             shares=shares.to(device),
             queries=len(batch.patterns),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from rpam_mergekit import __version__
@@ -45,14 +46,15 @@ def write_solution(
     metadata = {
         "version": __version__,
         "models": {
-            "base": public_name(models.base),
-            "other": public_name(models.other),
+            role: public_name(model)
+            for role, model in zip(models.roles, models.every, strict=True)
         },
         "fingerprint": fingerprint,
         "layers": [dataclasses.asdict(report) for report in solution.layers],
     }
     try:
-        write_coefficients(path, solution.entries, metadata)
+        dtype = getattr(torch, fingerprint["settings"]["coefficient_dtype"])
+        write_coefficients(path, solution.entries, metadata, dtype)
     except OSError as error:
         raise RpamError(
             f"{path} cannot be written: {error}. All layers are solved and safe in "
@@ -88,15 +90,14 @@ def fingerprint_of(
     config: Any,
     queries: Sequence[EncodedQuery],
 ) -> dict[str, Any]:
-    """Return what the coefficients are made from, as JSON; reads both models."""
-    calibration = request.calibration
-    base, other = content_digests([request.models.base, request.models.other])
+    """Return what the coefficients are made from, as JSON; reads all models."""
+    calibration, models = request.calibration, request.models
+    digests = content_digests(models.every)
     encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
     return {
         "algorithm": ALGORITHM,
-        "base": base,
-        "other": other,
-        "patterns": [request.models.base_pattern, request.models.other_pattern],
+        **dict(zip(models.roles, digests, strict=True)),
+        "patterns": list(models.patterns),
         "calibration": calibration.digest if calibration else None,
         "queries": hashlib.sha256(encoded).hexdigest(),
         "settings": request.settings.problem(),
@@ -115,17 +116,30 @@ def reusable(
     """Tell whether a file was made from these inputs; refuse other models' files."""
     file = CoefficientsFile(path)
     made_from = file.metadata["fingerprint"]
-    for role in ("base", "other"):
+    models = request.models
+    if not set(models.roles) <= made_from.keys():
+        raise RpamError(
+            f"parameters.coefficients: {file.path} was made for the patterns "
+            f"{', '.join(made_from['patterns'])}, the config has "
+            f"{', '.join(models.patterns)} (base model first). Delete the file to make "
+            "it anew, or name another one."
+        )
+    for role, model in zip(models.roles, models.every, strict=True):
         if made_from[role] != fingerprint[role]:
             raise RpamError(
                 f"parameters.coefficients: {file.path} belongs to other models: its "
                 f"{role} model was {file.metadata['models'][role]}, whose content "
-                f"differs from {getattr(request.models, role)}. Delete the file to "
-                "make it anew, or name another one."
+                f"differs from {model}. Delete the file to make it anew, or name "
+                "another one."
             )
     if request.calibration is None:
         infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
-        lacking = sorted({i.name for i in infos} - set(file.names))
+        needed = {
+            models.entry(number, info.name)
+            for number in range(len(models.others))
+            for info in infos
+        }
+        lacking = sorted(needed - set(file.names))
         if lacking:
             raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
         return True

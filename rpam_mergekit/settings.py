@@ -153,6 +153,12 @@ class RpamSettings(BaseModel):
         description="Of the pre-pass's matrix products: bfloat16 is faster on GPUs "
         "with tensor cores. Weights, coefficients and sums stay in float32.",
     )
+    coefficient_dtype: Literal["float32", "float16"] = Field(
+        "float32",
+        description="Of the fields in the coefficients file: float16 halves it. They "
+        "are rounded before a layer's merged weights are made, so that the file holds "
+        "what was optimised. Scalars are always float32.",
+    )
     activations: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="Where the calibration set's hidden states lie: on the device, in "

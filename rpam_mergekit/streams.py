@@ -1,16 +1,17 @@
-"""The calibration set on its way through the layers: three streams of hidden states.
+"""The calibration set on its way through the layers: streams of hidden states.
 
 Each expert's stream runs on its own outputs, the merged one on the merged model's. Per
-query one expert is positive, the one that the query's pattern names.
+query one expert is positive, the one that the query's pattern names; the others are
+negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from rpam_mergekit.activations import OnShelf, Shelf
+from rpam_mergekit.activations import OnShelf, Shelf, ShelvedList
 from rpam_mergekit.calls import Call
 from rpam_mergekit.objective import (
     contrastive,
@@ -30,28 +31,27 @@ class Stream:
 
     Hidden states are float32 (queries, tokens, width) and lie on the shelf.
 
+    experts: hidden states of the base model, then of the others.
+    merged: those of the merged model.
     calls: every layer's call, as recorded.
     counted: bool (queries, tokens), false on padding.
-    other_is_positive: bool (queries,).
+    patterns: int64 (queries,), which of the experts is the positive one.
     token_weights: (queries, tokens), of single tokens; zero on padding.
     shares: (queries, tokens), the same scaled so that a query weighs the same whatever
         its length and all batches' sum to 1.
     queries: of the whole batch, all processes' together.
     """
 
-    base = OnShelf()
-    other = OnShelf()
     merged = OnShelf()
 
     def __init__(
         self,
         *,
         calls: Sequence[Call],
-        base: torch.Tensor,
-        other: torch.Tensor,
+        experts: Sequence[torch.Tensor],
         merged: torch.Tensor,
         counted: torch.Tensor,
-        other_is_positive: torch.Tensor,
+        patterns: torch.Tensor,
         token_weights: torch.Tensor,
         shares: torch.Tensor,
         queries: int | None = None,
@@ -59,9 +59,10 @@ class Stream:
     ) -> None:
         self.shelf = shelf or Shelf()
         self.calls = calls
-        self.base, self.other, self.merged = base, other, merged
+        self.experts = ShelvedList(experts, self.shelf)
+        self.merged = merged
         self.counted = counted
-        self.other_is_positive = other_is_positive
+        self.patterns = patterns
         self.token_weights = token_weights
         self.shares = shares
         self.queries = len(counted) if queries is None else queries
@@ -69,14 +70,21 @@ class Stream:
     @property
     def positive(self) -> torch.Tensor:
         """Hidden states of the expert that each query's pattern names."""
-        chosen = self.other_is_positive[:, None, None]
-        return torch.where(chosen, self.other, self.base)
+        return self._of(self.patterns)
 
     @property
-    def negative(self) -> torch.Tensor:
-        """Hidden states of the other expert."""
-        chosen = self.other_is_positive[:, None, None]
-        return torch.where(chosen, self.base, self.other)
+    def negatives(self) -> Iterator[torch.Tensor]:
+        """Hidden states of the other experts, one of them for each query at a time."""
+        for number in range(len(self.experts) - 1):
+            yield self._of(number + (self.patterns <= number).long())
+
+    def _of(self, expert: torch.Tensor) -> torch.Tensor:
+        """Return for each query the hidden states of the expert of that number."""
+        states = self.experts[0]
+        for number in range(1, len(self.experts)):
+            chosen = (expert == number)[:, None, None]
+            states = torch.where(chosen, self.experts[number], states)
+        return states
 
 
 def weigh_tokens(
@@ -85,15 +93,12 @@ def weigh_tokens(
     """Return `token_weights` and `shares` of every batch, in float32.
 
     Queries of the pattern `long` have `settings.long_share` of the whole, however many
-    there are of either.
+    there are of each; the other patterns have equal shares of the rest.
     """
     patterns = [pattern for batch in batches for pattern in batch.patterns]
     factors = {
-        pattern: share * len(patterns) / max(patterns.count(pattern), 1)
-        for pattern, share in (
-            ("long", settings.long_share),
-            ("short", 1 - settings.long_share),
-        )
+        pattern: share * len(patterns) / patterns.count(pattern)
+        for pattern, share in pattern_shares(patterns, settings.long_share).items()
     }
     weighed = []
     for batch in batches:
@@ -105,9 +110,25 @@ def weigh_tokens(
     return weighed
 
 
+def pattern_shares(patterns: Iterable[str], long_share: float) -> dict[str, float]:
+    """Return what share of the objective lies on the queries of each pattern."""
+    found = sorted(set(patterns))
+    if "long" not in found or len(found) == 1:
+        return {pattern: 1 / len(found) for pattern in found}
+    rest = (1 - long_share) / (len(found) - 1)
+    return {pattern: long_share if pattern == "long" else rest for pattern in found}
+
+
 def expert_distance(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
-    """Return the experts' squared distance, weighed by the streams' `shares`."""
-    apart = (distance(s.base, s.other, s.shares) for s in streams)
+    """Return the experts' squared distance, weighed by the streams' `shares`.
+
+    That of the positive from the negative expert, or its mean over several.
+    """
+    apart = (
+        distance(stream.positive, negative, stream.shares) / (len(stream.experts) - 1)
+        for stream in streams
+        for negative in stream.negatives
+    )
     return max(_total(apart, processes), 1e-30)
 
 
@@ -117,9 +138,9 @@ def divergence(streams: Sequence[Stream], processes: Processes = ALONE) -> float
     0 where both have the same hidden states; weighed by the streams' `shares`.
     """
     lengths = (
-        distance(expert, torch.zeros_like(expert), stream.shares) / 2
+        distance(expert, torch.zeros_like(expert), stream.shares) / len(stream.experts)
         for stream in streams
-        for expert in (stream.base, stream.other)
+        for expert in stream.experts
     )
     return expert_distance(streams, processes) / max(_total(lengths, processes), 1e-30)
 
@@ -170,14 +191,18 @@ def objective(
     if settings.contrastive_weight:
         # A process without queries of its own works on one that weighs nothing.
         mine = stream.shares.sum(dim=1) > 0
-        patterns = processes.gather(stream.other_is_positive, stream.queries)
+        patterns = processes.gather(stream.patterns, stream.queries)
+        counted = processes.gather(stream.counted, stream.queries)
+        negatives = [
+            processes.gather(negative, stream.queries) for negative in stream.negatives
+        ]
         terms = contrastive(
             hidden,
             positive.to(hidden.dtype),
-            processes.gather(stream.negative, stream.queries).to(hidden.dtype),
+            torch.cat(negatives).to(hidden.dtype),
             stream.counted,
-            processes.gather(stream.counted, stream.queries),
-            stream.other_is_positive[:, None] == patterns[None, :],
+            counted.repeat(len(negatives), 1),
+            (stream.patterns[:, None] == patterns[None, :]).repeat(1, len(negatives)),
             settings.temperature,
         )
         loss = loss + settings.contrastive_weight * (

@@ -96,7 +96,7 @@ def test_the_bytes_of_the_activations_are_known_before(pair):
     prepass.run()
     streams = prepass.streams
     hidden = sum(
-        t.nbytes for s in streams for t in (s.base, s.other, s.merged) if t is not None
+        t.nbytes for s in streams for t in (*s.experts, s.merged) if t is not None
     )
     masks = sum(
         b.input_ids.shape[0] * b.input_ids.shape[1] ** 2 for b in prepass.batches

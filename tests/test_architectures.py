@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-import rpam_mergekit.fit
+import rpam_mergekit.planned
 from rpam_mergekit import method
 from rpam_mergekit.coefficients import CoefficientsFile, merge
 from rpam_mergekit.decoder import Decoder
@@ -66,7 +66,7 @@ def prepasses(monkeypatch) -> list[PrePass]:
             super().__init__(*args, **kwargs)
             kept.append(self)
 
-    monkeypatch.setattr(rpam_mergekit.fit, "PrePass", Kept)
+    monkeypatch.setattr(rpam_mergekit.planned, "PrePass", Kept)
     return kept
 
 
@@ -122,7 +122,7 @@ def assert_merged_by_formula(folder: Path) -> None:
         for name in ("long", "short")
     )
     for name, value in tensors(folder / "out").items():
-        expected = merge(long[name], short[name], file.coefficient(name, "cpu"))
+        expected = merge(long[name], [(file.coefficient(name, "cpu"), short[name])])
         assert torch.equal(value, expected), name
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from rpam_mergekit import coefficients as module
 from rpam_mergekit.coefficients import (
     CoefficientsFile,
-    LayerCoefficients,
     coefficient,
     merge,
     open_coefficients,
@@ -19,6 +18,7 @@ from rpam_mergekit.coefficients import (
     written,
 )
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.granularity import LayerCoefficients
 
 SHAPES = {
     "self_attn.q_proj.weight": torch.Size([6, 4]),
@@ -36,14 +36,14 @@ def build(granularity: str, **changes) -> LayerCoefficients:
 
 def test_the_formula_is_base_plus_share_of_the_difference():
     base, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.5])
-    merged = merge(base, other, torch.tensor([0.25, 1.0]))
+    merged = merge(base, [(torch.tensor([0.25, 1.0]), other)])
     assert torch.equal(merged, torch.tensor([1.5, 2.5]))
 
 
 def test_the_formula_computes_in_float32_whatever_the_checkpoint():
     base = torch.tensor([1.0], dtype=torch.bfloat16)
     other = torch.tensor([1.0078125], dtype=torch.bfloat16)
-    merged = merge(base, other, torch.tensor(0.5))
+    merged = merge(base, [(torch.tensor(0.5), other)])
     assert merged.dtype == torch.float32
     assert merged.item() == 1.00390625  # between two neighbours of bfloat16
 
@@ -59,15 +59,15 @@ def test_a_weight_written_in_blocks_is_the_formula_rounded_once(
         shape = SHAPES[name]
         parts = {p: torch.randn(v.shape, generator=generator) for p, v in parts.items()}
         base, other = (torch.randn(shape, generator=generator).bfloat16() for _ in "ab")
-        whole = merge(base, other, coefficient(parts))
-        assert torch.equal(written(base, other, parts), whole.bfloat16())
-        exact = written(base, other, parts, torch.float32)
+        whole = merge(base, [(coefficient(parts), other)])
+        assert torch.equal(written(base, [other], [parts]), whole.bfloat16())
+        exact = written(base, [other], [parts], torch.float32)
         torch.testing.assert_close(exact, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_a_number_is_merged_too():
     base, other = torch.tensor(1.0), torch.tensor(3.0)
-    assert written(base, other, {"scalar": torch.tensor(0.25)}) == 1.5
+    assert written(base, [other], [{"scalar": torch.tensor(0.25)}]) == 1.5
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

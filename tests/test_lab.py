@@ -395,7 +395,7 @@ def test_what_is_outside_the_layers_can_be_learned(tmp_path):
         coefficient = file.coefficient(name, "cpu")
         assert coefficient.std() > 0.01
         base, other = (expert[name] for expert in experts)
-        assert torch.equal(weights[name], written(base, other, file.parts(name)))
+        assert torch.equal(weights[name], written(base, [other], [file.parts(name)]))
 
 
 def test_a_layer_keeps_its_best_epoch(tmp_path):

@@ -40,7 +40,7 @@ def assert_merged_by_formula(out: Path, pair: Path, coefficients: Path) -> None:
     merged, long, short = (tensors(f) for f in (out, pair / "long", pair / "short"))
     assert merged.keys() == long.keys()
     for name, value in merged.items():
-        expected = merge(long[name], short[name], file.coefficient(name, "cpu"))
+        expected = merge(long[name], [(file.coefficient(name, "cpu"), short[name])])
         assert torch.equal(value, expected.to(value.dtype)), name
 
 

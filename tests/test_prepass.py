@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from rpam_mergekit.activations import Shelf
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.checkpoint import MergeModels, plan_layout
+from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prepass import PrePass
@@ -41,7 +42,7 @@ def build(
     calibration = read_calibration(folder / "calibration.jsonl")
     queries, _ = encode_calibration(calibration, tokenizer, config.vocab_size, settings)
     return PrePass(
-        MergeModels(base, other, *(patterns or ("long", "short"))),
+        MergeModels(base, (other,), patterns or ("long", "short")),
         layout,
         Decoder(config, device, compute_dtype=settings.compute_dtype),
         make_batches(queries, settings.batch_size, pad_id=0),
@@ -125,7 +126,9 @@ def test_a_fixed_share_of_1_of_every_weight_is_the_other_model(pair):
     prepass = build(pair, fixed=dict.fromkeys(layers, 1.0), outside_weight=1.0)
     prepass.run()
     for stream in prepass.streams:
-        torch.testing.assert_close(stream.merged, stream.other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            stream.merged, stream.experts[1], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_patterns_may_be_the_other_way_round(pair):
@@ -134,8 +137,8 @@ def test_patterns_may_be_the_other_way_round(pair):
     plain.run()
     swapped.run()
     for one, two in zip(plain.streams, swapped.streams, strict=True):
-        assert torch.equal(one.other_is_positive, ~two.other_is_positive)
-        assert torch.equal(one.positive, two.negative)
+        assert torch.equal(one.patterns, 1 - two.patterns)
+        assert torch.equal(one.positive, *two.negatives)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +270,29 @@ def test_what_is_solved_already_is_not_solved_again(pair, quiet):
     assert solution.layers == whole.layers
     for one, two in zip(again.streams, prepass.streams, strict=True):
         assert torch.equal(one.merged, two.merged)
+
+
+def test_coefficients_in_half_precision_are_what_the_streams_ran_with(pair, tmp_path):
+    """Half the file, and the file's numbers are those of the merged streams."""
+    prepass = build(pair, coefficient_dtype="float16")
+    solution = prepass.run()
+    whole = build(pair).run()
+    files = {}
+    for name, entries, dtype in (
+        ("half", solution.entries, torch.float16),
+        ("whole", whole.entries, torch.float32),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        write_coefficients(path, entries, {}, dtype)
+        files[name] = CoefficientsFile(path)
+        for tensor, parts in entries.items():
+            found = files[name].parts(tensor)
+            assert found.keys() == parts.keys()
+            for part, value in parts.items():
+                assert found[part].dtype == torch.float32
+                assert torch.equal(found[part], value)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in files]
+    assert sizes[0] < 0.65 * sizes[1]
+    for half, full in zip(solution.layers, whole.layers, strict=True):
+        assert half.gap_after == pytest.approx(full.gap_after, rel=0.02)
+        assert half.gap_after != full.gap_after

@@ -61,11 +61,25 @@ def stream() -> Stream:
     counted = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     return Stream(
         calls=[],
-        base=base,
-        other=other,
+        experts=[base, other],
         merged=base,
         counted=counted,
-        other_is_positive=torch.tensor([True, False]),
+        patterns=torch.tensor([1, 0]),
+        token_weights=counted.float(),
+        shares=counted / counted.sum(),
+    )
+
+
+def three_experts() -> Stream:
+    """Two queries, of the experts 2 and 1."""
+    torch.manual_seed(0)
+    counted = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    return Stream(
+        calls=[],
+        experts=torch.randn(3, 2, 3, 4).unbind(),
+        merged=torch.randn(2, 3, 4),
+        counted=counted,
+        patterns=torch.tensor([2, 1]),
         token_weights=counted.float(),
         shares=counted / counted.sum(),
     )
@@ -73,21 +87,25 @@ def stream() -> Stream:
 
 def test_the_positive_expert_is_the_one_the_pattern_names():
     one = stream()
-    assert torch.equal(one.positive[0], one.other[0])
-    assert torch.equal(one.positive[1], one.base[1])
-    assert torch.equal(one.negative[0], one.base[0])
+    base, other = one.experts
+    (negative,) = one.negatives
+    assert torch.equal(one.positive[0], other[0])
+    assert torch.equal(one.positive[1], base[1])
+    assert torch.equal(negative[0], base[0])
+    assert torch.equal(negative[1], other[1])
 
 
 def test_the_gap_is_0_at_the_positive_expert_and_1_at_the_negative():
     one = stream()
     assert gap([one], [one.positive]) == 0
-    assert math.isclose(gap([one], [one.negative]), 1, rel_tol=1e-6)
-    half = (one.positive + one.negative) / 2
+    (negative,) = one.negatives
+    assert math.isclose(gap([one], [negative]), 1, rel_tol=1e-6)
+    half = (one.positive + negative) / 2
     assert math.isclose(gap([one], [half]), 0.25, rel_tol=1e-6)
 
 
 def test_identical_experts_have_a_gap_of_0_and_not_a_nan():
     one = stream()
-    one.other = one.base
+    one.experts[1] = one.experts[0]
     assert expert_distance([one]) > 0
-    assert gap([one], [one.base]) == 0
+    assert gap([one], [one.experts[0]]) == 0

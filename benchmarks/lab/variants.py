@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-import rpam_mergekit.fit
+import rpam_mergekit.planned
 from rpam_mergekit.calls import Call
 from rpam_mergekit.checkpoint import load
-from rpam_mergekit.coefficients import LayerCoefficients
 from rpam_mergekit.experts import Merging, Weights
+from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.recording import Recorder
 from rpam_mergekit.solved import OUTSIDE, Entries, Solution
@@ -43,7 +43,7 @@ class LearnedOutside(PrePass):
             normed = functional_call(norm, {"weight": scale}, (hidden,))
             return functional_call(head, {"weight": rows}, (normed,))
 
-        streams = [_stage(s, s.base, s.other, s.merged) for s in self.streams]
+        streams = [_stage(s, *s.experts, s.merged) for s in self.streams]
         leaving = self._learn(self.LEAVING, leave, streams)
         outside = solution.solved[OUTSIDE]
         solution.solved[OUTSIDE] = replace(
@@ -85,25 +85,25 @@ class LearnedOutside(PrePass):
                 return function(weights, hidden)
 
         infos = [w for w in self.layout.outside if w.name in names]
-        base, other = (
+        experts = [
             load(model, infos, self.experts.dtype, str(self.decoder.device))
-            for model in (self.models.base, self.models.other)
-        )
+            for model in self.models.every
+        ]
         layers = self.decoder, self.streams
         self.decoder, self.streams = Stage(), streams  # type: ignore[assignment]
         try:
-            self._run_experts(0, base, other)
-            weights = self.experts.merging(base, other)
+            self.run_experts(0, experts)
+            weights = self.experts.merging(experts)
             coefficients = LayerCoefficients(
-                {name: value.shape for name, value in weights.vector.items()},
+                {name: base.shape for name, base in weights.base.items()},
                 granularity=self.settings.granularity,
                 rank=self.settings.rank,
                 initial=self.settings.initial_weight,
                 generator=self.generator,
             )
-            self._minimise(0, weights, coefficients, tqdm(disable=True))
+            self._minimise(0, weights, [coefficients], tqdm(disable=True))
             solved = coefficients.solved()
-            self._gap(0, weights, solved, advance=True)
+            self.layer_gap(0, weights, [solved], advance=True)
         finally:
             self.decoder, self.streams = layers
         return solved
@@ -111,14 +111,13 @@ class LearnedOutside(PrePass):
 
 def _stage(stream: Stream, *entering: torch.Tensor) -> Stream:
     """Return a stream that enters a stage beside the decoder layers."""
-    base, other, merged = entering
+    *experts, merged = entering
     return Stream(
         calls=[Call((), {})],
-        base=base,
-        other=other,
+        experts=experts,
         merged=merged,
         counted=stream.counted,
-        other_is_positive=stream.other_is_positive,
+        patterns=stream.patterns,
         token_weights=stream.token_weights,
         shares=stream.shares,
     )
@@ -136,18 +135,20 @@ class EarlyStop(PrePass):
         self,
         index: int,
         weights: Merging,
-        coefficients: LayerCoefficients,
+        coefficients: Sequence[LayerCoefficients],
         progress: tqdm,
     ) -> None:
         everything = self.streams
         held_out = everything[::5]
         self.streams = [s for n, s in enumerate(everything) if n % 5]
-        watch = _Watch(len(self.streams), self.PATIENCE, coefficients.leaves)
+        leaves = [leaf for c in coefficients for leaf in c.leaves]
+        watch = _Watch(len(self.streams), self.PATIENCE, leaves)
 
         def held_out_gap() -> float:
             training, self.streams = self.streams, held_out
             try:
-                return self._gap(index, weights, coefficients.solved())
+                solved = [c.solved() for c in coefficients]
+                return self.layer_gap(index, weights, solved)
             finally:
                 self.streams = training
 
@@ -200,8 +201,8 @@ VARIANTS = {"learned outside": LearnedOutside, "early stop": EarlyStop}
 def prepass_of(variant: str | None) -> Iterator[None]:
     """Make merges of this process use a variant of the pre-pass; None: the real one."""
     if variant is not None:
-        rpam_mergekit.fit.PrePass = VARIANTS[variant]
+        rpam_mergekit.planned.PrePass = VARIANTS[variant]
     try:
         yield
     finally:
-        rpam_mergekit.fit.PrePass = PrePass
+        rpam_mergekit.planned.PrePass = PrePass

@@ -52,7 +52,7 @@ def interpolated(long, short, weight: float):
     others = dict(short.named_parameters())
     with torch.no_grad():
         for name, value in model.named_parameters():
-            mixed = merge(value, others[name], torch.tensor(weight))
+            mixed = merge(value, [(torch.tensor(weight), others[name])])
             value.copy_(mixed.bfloat16().float())
     return model
 
