@@ -6,46 +6,37 @@ mismatched models only when it writes, after the pre-pass would have run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 import yaml
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import (
-    InputModelDefinition,
-    MergeConfiguration,
-    ParameterSetting,
-)
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration, ParameterSetting
 from mergekit.options import MergeOptions
 
-from rpam_mergekit.calibration import PATTERNS, CalibrationSet, read_calibration
-from rpam_mergekit.checkpoint import Layout, MergeModels, compare_shapes
-from rpam_mergekit.errors import RpamError, refuse, suggestion
-from rpam_mergekit.references import notes, read_config
-from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings, parse_settings
+from rpam_mergekit.calibration import CalibrationSet, read_calibration
+from rpam_mergekit.checkpoint import Layout, MergeModels
+from rpam_mergekit.errors import collect, first_line, refuse
+from rpam_mergekit.inputs import Inputs, merge_models, read_inputs
+from rpam_mergekit.matching import (
+    Matched,
+    head_notes,
+    match_models,
+    range_findings,
+    taken_notes,
+)
+from rpam_mergekit.parallel import local_device
+from rpam_mergekit.references import notes
+from rpam_mergekit.replayable import replayable
+from rpam_mergekit.schema import check_keys
+from rpam_mergekit.settings import RpamSettings, parse_settings
+from rpam_mergekit.templates import template_findings, template_notes
+from rpam_mergekit.vocabulary import tokenizer_findings
 
 NAME = "rpam"
-# What must agree for weights to be merged one by one (names of transformers configs).
-SAME_CONFIG = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-# What the merged model takes from the base; the other expert is run with it too.
-TAKEN_FROM_BASE = (
-    "rope_parameters",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "hidden_act",
-    "head_dim",
-    "sliding_window",
-    "tie_word_embeddings",
-)
 
 
 def weight_parameter() -> Any:
@@ -64,16 +55,17 @@ class MergeRequest:
     """A config that has passed the checks.
 
     `calibration` is None where a coefficients file is to be used as it is.
-    `weight_settings` are the user's own `weight:` settings, highest precedence first.
+    `weight_settings` are the user's own `weight:` settings for every other model,
+    highest precedence first.
     """
 
     settings: RpamSettings
     models: MergeModels
     calibration: CalibrationSet | None
-    weight_settings: tuple[Mapping[str, ParameterSetting] | None, ...]
+    weight_settings: tuple[tuple[Mapping[str, ParameterSetting] | None, ...], ...]
 
     def fixed_weights(self, layout: Layout) -> dict[str, float]:
-        """Return the weights the user set, by tensor, as mergekit resolves them."""
+        """Return the weights the user set, by entry, as mergekit resolves them."""
         from mergekit.parameter_resolver import resolve_parameter
 
         fixed, weight = {}, weight_parameter()
@@ -82,14 +74,29 @@ class MergeRequest:
         groups += [(i / last, layer) for i, layer in enumerate(layout.layers)]
         if len(layout.layers) == 1:
             groups[1] = (1.0, layout.layers[0])
-        for t, infos in groups:
-            for info in infos:
-                value = resolve_parameter(
-                    weight, self.weight_settings, tensor_name=info.name, t=t
-                )
-                if value is not None:
-                    fixed[info.name] = value
+        for number, settings in enumerate(self.weight_settings):
+            for t, infos in groups:
+                for info in infos:
+                    value = resolve_parameter(
+                        weight, settings, tensor_name=info.name, t=t
+                    )
+                    if value is not None:
+                        fixed[self.models.entry(number, info.name)] = value
         return fixed
+
+
+@dataclass
+class Examined:
+    """What a config asks for, everything wrong with it, and what is worth a look.
+
+    `request` is None where findings keep it from being understood. `matched` is what
+    was read of the models.
+    """
+
+    request: MergeRequest | None = None
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matched: Matched = field(default_factory=Matched)
 
 
 def check_config(
@@ -97,76 +104,131 @@ def check_config(
 ) -> MergeRequest:
     """Return what `config` asks for; raise `RpamError` with everything wrong with it.
 
+    See `check_merge`.
+    """
+    request = check_merge(config, options, source).request
+    assert request is not None
+    return request
+
+
+def check_merge(
+    config: MergeConfiguration, options: MergeOptions, source: str | None = None
+) -> Examined:
+    """Return what is to be said of `config`; raise `RpamError` if anything is wrong.
+
     `source` is the YAML text, in which keys are still visible that mergekit drops.
+    Models that lie on the Hub are checked as far as that goes without their weights.
     """
     findings = check_keys(yaml.safe_load(source)) if source else []
-    settings = _collect(findings, lambda: parse_settings(config.parameters or {}))
-    models = _collect(findings, lambda: _models(config))
-    calibration = None
-    path = (config.parameters or {}).get("calibration")
+    examined = examine(config, options)
+    findings += examined.findings
+    request, matched = examined.request, examined.matched
+    downloads = any(header.to_download for header in matched.headers.values())
+    if request is not None and downloads and not findings:
+        base = matched.configs[request.models.base]
+        collect(
+            findings,
+            partial(replayable, config, request.models, base, matched.headers, options),
+        )
+    refuse(findings)
+    return examined
+
+
+def examine(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    later: Collection[str] = (),
+) -> Examined:
+    """Return what can be said of a config; everything but its keys is looked at.
+
+    `later` are names that are no models yet, but other merges of the same file.
+    """
+    found = Examined()
+    inputs = read_inputs(config)
+    found.findings += inputs.findings
+    models = collect(found.findings, partial(merge_models, config, inputs))
+    settings, calibration = examine_parameters(
+        config.parameters or {}, models and models.patterns, found.findings
+    )
+    found.findings += _dtypes(config) + _device(options)
+    if models is not None:
+        _examine_models(config, models, inputs, options, later, found)
+    found.findings += template_findings(config, found.matched.tokenizers)
+    found.findings += tokenizer_findings(
+        config, found.matched.tokenizers, found.matched.configs
+    )
+    if settings is None or models is None:
+        return found
+    own = {i.model: i.parameters for i in inputs.named}
+    weight_settings = tuple((own[m], config.parameters) for m in models.others)
+    found.request = MergeRequest(settings, models, calibration, weight_settings)
+    if found.matched.tokenizers:
+        queries = calibration.queries if calibration else ()
+        responses = [query.response or "" for query in queries]
+        patterns = " and ".join(models.patterns[1:])
+        found.notes += template_notes(found.matched.tokenizers, responses, patterns)
+    if settings.outside_weight or _sets_weights(found.request):
+        found.notes += head_notes(models, found.matched)
+    return found
+
+
+def examine_parameters(
+    parameters: Mapping[str, Any],
+    patterns: tuple[str, ...] | None,
+    findings: list[str],
+) -> tuple[RpamSettings | None, CalibrationSet | None]:
+    """Return the settings and the calibration set; what is wrong goes to `findings`."""
+    settings = collect(findings, partial(parse_settings, parameters))
+    path = parameters.get("calibration")
     if isinstance(path, str):
-        calibration = _collect(findings, lambda: read_calibration(path))
-    elif settings is not None and settings.coefficients is None:
+        read = partial(read_calibration, path, patterns)
+        return settings, collect(findings, read)
+    if settings is not None and settings.coefficients is None:
         findings.append(
             "parameters.calibration: missing. Name the pattern-labelled calibration "
             "file (JSONL), or the coefficients file of an earlier run in "
             "parameters.coefficients."
         )
-    findings += _unsupported(config)
-    if models is not None:
-        findings += _compare_models(models, options)
-    refuse(findings)
-    assert settings is not None
-    assert models is not None
-    others = [m for m in config.models or [] if m.model == models.other]
-    weight_settings = (*(m.parameters for m in others), config.parameters)
-    return MergeRequest(settings, models, calibration, weight_settings)
+    return settings, None
 
 
-def check_keys(document: Any) -> list[str]:
-    """Return a finding for every unknown key of a config, with a suggestion."""
-    if not isinstance(document, dict):
-        return []
-    known = [*MergeConfiguration.model_fields, "name"]
-    findings = [
-        f"{key}: unknown key.{suggestion(str(key), known)}"
-        for key in document
-        if key not in known
+def _examine_models(
+    config: MergeConfiguration,
+    models: MergeModels,
+    inputs: Inputs,
+    options: MergeOptions,
+    later: Collection[str],
+    found: Examined,
+) -> None:
+    names = [model for model in models.every if model.model.path in later]
+    found.notes += [
+        f"{model} is the output of another merge of this file: it cannot be compared "
+        "with the other models yet"
+        for model in names
     ]
-    for number, model in enumerate(document.get("models") or []):
-        if not isinstance(model, dict):
-            continue
-        findings += [
-            f"models[{number}].{key}: unknown key."
-            f"{suggestion(str(key), InputModelDefinition.model_fields)}"
-            for key in model
-            if key not in InputModelDefinition.model_fields
-        ]
-    return findings
+    if models.base in names or set(models.others) <= set(names):
+        return
+    there = tuple(model for model in models.others if model not in names)
+    models = MergeModels(models.base, there, models.patterns)
+    encodes = "calibration" in (config.parameters or {})
+    matched = found.matched = match_models(models, options, encodes)
+    found.findings += matched.findings
+    found.notes += matched.notes
+    if models.base in matched.configs:
+        base = matched.configs[models.base]
+        found.findings += range_findings(inputs.layer_ranges, base)
 
 
-def _collect(findings: list[str], read: Any) -> Any:
-    """Return what `read` returns; add its findings and return None if it refuses."""
-    try:
-        return read()
-    except RpamError as error:
-        findings += error.findings
-        return None
+def _sets_weights(request: MergeRequest) -> bool:
+    return any(
+        settings and "weight" in settings
+        for of_model in request.weight_settings
+        for settings in of_model
+    )
 
 
-def _unsupported(config: MergeConfiguration) -> list[str]:
+def _dtypes(config: MergeConfiguration) -> list[str]:
     findings = []
-    for key in ("slices", "modules"):
-        if getattr(config, key):
-            findings.append(
-                f"{key}: rpam optimises whole models. Use models: with the two of them."
-            )
-    for key in ("tokenizer", "tokenizer_source"):
-        if getattr(config, key) is not None:
-            findings.append(
-                f"{key}: rpam merges vocabularies of one size by token id. Leave it "
-                "out: the output gets the tokenizer and chat template of base_model."
-            )
     for key in ("dtype", "out_dtype"):
         try:
             dtype_from_name(getattr(config, key))
@@ -175,120 +237,20 @@ def _unsupported(config: MergeConfiguration) -> list[str]:
     return findings
 
 
-def _models(config: MergeConfiguration) -> MergeModels | None:
-    """Return base and other model with their patterns, or raise all that is wrong.
-
-    None where the config has no `models:`, which `_unsupported` reports.
-    """
-    findings = []
-    named = [m.model for m in config.models or []]
-    others = [m for m in named if m != config.base_model]
-    if config.base_model is None:
-        findings.append(
-            "base_model: missing. Name the Long-CoT reasoning model: coefficients are "
-            "shares of the other model, and its chat template is used."
-        )
-    elif config.models and len(others) != 1:
-        findings.append(
-            f"models: found {len(others)} besides base_model"
-            f"{_listed(others)}, expected one. rpam merges two models: the Long-CoT "
-            "model as base_model and the Short-CoT model."
-        )
-    elif len(named) - len(others) > 1:
-        findings.append("models: base_model is listed twice.")
-    patterns: dict[ModelReference, str] = {}
-    for number, model in enumerate(config.models or []):
-        for name, value in (model.parameters or {}).items():
-            where = f"models[{number}].parameters.{name}"
-            if name not in MODEL_PARAMETERS:
-                findings.append(
-                    f"{where}: unknown parameter."
-                    f"{suggestion(name, MODEL_PARAMETERS)} The method's settings "
-                    "belong to the top-level parameters."
-                )
-            elif name == "weight" and model.model == config.base_model:
-                findings.append(
-                    f"{where}: the base model has no weight. Set it on the other "
-                    "model, whose share it is."
-                )
-            elif name == "pattern":
-                if value not in PATTERNS:
-                    hint = suggestion(str(value), PATTERNS)
-                    findings.append(f"{where}: found {value!r}.{hint}")
-                else:
-                    patterns[model.model] = str(value)
-    refuse(findings)
-    if not config.models or config.base_model is None:
-        return None
-    base, other = config.base_model, others[0]
-    opposite = {"long": "short", "short": "long"}
-    base_pattern = patterns.get(base) or opposite[patterns.get(other, "short")]
-    other_pattern = patterns.get(other) or opposite[base_pattern]
-    if base_pattern == other_pattern:
-        raise RpamError(
-            f"models: both models have the pattern '{base_pattern}'. One is 'long', "
-            "the other 'short'."
-        )
-    return MergeModels(base, other, base_pattern, other_pattern)
-
-
-def _listed(models: list[ModelReference]) -> str:
-    return f" ({', '.join(map(str, models))})" if models else ""
-
-
-def _compare_models(models: MergeModels, options: MergeOptions) -> list[str]:
-    findings: list[str] = []
-    base, other = (
-        _collect(findings, partial(read_config, model, options))
-        for model in (models.base, models.other)
-    )
-    if findings:
-        return findings
-    if base.architectures != other.architectures:
+def _device(options: MergeOptions) -> list[str]:
+    try:
+        torch.empty(1, device=local_device(options.device or "cpu"))
+    except Exception as error:  # of many kinds, by device
         return [
-            f"the architectures differ: {models.base} is {_name(base)}, "
-            f"{models.other} is {_name(other)}. RPAM merges two fine-tunings of one "
-            "model."
+            f"--device: found '{options.device}', which cannot be used: "
+            f"{first_line(error)}"
         ]
-    for key in SAME_CONFIG:
-        mine, its = (_value(c.get_text_config(), key) for c in (base, other))
-        if mine != its:
-            advice = ""
-            if key == "vocab_size":
-                advice = " Vocabularies are merged by token id and must have one size."
-            findings.append(
-                f"{key} differs: {mine} in {models.base}, {its} in {models.other}."
-                f"{advice}"
-            )
-    if not findings:
-        shapes = partial(compare_shapes, models.base, models.other)
-        findings += _collect(findings, shapes) or []
-    return findings
+    return []
 
 
 def config_notes(models: MergeModels, options: MergeOptions) -> list[str]:
     """Return what is worth a look though it may be merged, once models are loaded."""
-    base, other = (
-        m.config(trust_remote_code=options.trust_remote_code).get_text_config()
-        for m in (models.base, models.other)
-    )
-    found = notes(models.base, options) + notes(models.other, options)
-    return found + [
-        f"{key} differs: {_value(base, key)} in {models.base}, "
-        f"{_value(other, key)} in {models.other}; the merged model has the "
-        "base's, and both are run with it"
-        for key in TAKEN_FROM_BASE
-        if _value(base, key) != _value(other, key)
-    ]
-
-
-def _value(config: Any, key: str) -> Any:
-    """Return a config's value, None where it has none or one for each layer."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:  # by which transformers refuses one for all layers
-        return None
-
-
-def _name(config: Any) -> str:
-    return ", ".join(config.architectures or [config.model_type])
+    trusted = options.trust_remote_code
+    configs = {model: model.config(trust_remote_code=trusted) for model in models.every}
+    found = [note for model in models.every for note in notes(model, options)]
+    return found + taken_notes(models, configs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import click
 
@@ -37,6 +38,15 @@ def refuse(findings: Sequence[str]) -> None:
     """Raise `RpamError` if there is any finding."""
     if findings:
         raise RpamError(*findings)
+
+
+def collect(findings: list[str], read: Callable[[], Any]) -> Any:
+    """Return what `read` returns; add its findings and return None if it refuses."""
+    try:
+        return read()
+    except RpamError as error:
+        findings += error.findings
+        return None
 
 
 def first_line(error: Exception) -> str:

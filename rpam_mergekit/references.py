@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import click
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import get_session
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -32,8 +34,20 @@ def reachable(options: MergeOptions) -> Iterator[None]:
     """Let mergekit find all files of Hub models in one cache, with or without network.
 
     With `--transformers-cache`, that cache holds configs, tokenizers and adapters too.
+    Where the Hub cannot be reached, it is as if HF_HUB_OFFLINE were set:
+    huggingface_hub would ask again for half a minute, many times for each model.
     """
     cache, resolve = constants.HF_HUB_CACHE, ModelReference.local_path
+    offline, read = constants.HF_HUB_OFFLINE, ModelReference.config
+    asked = False
+
+    @functools.wraps(read)
+    def config(self: ModelReference, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        nonlocal asked
+        if not asked and not Path(self.model.path).exists():
+            asked = True
+            constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or _unreachable()
+        return read(self, *args, **kwargs)
 
     @functools.wraps(resolve)
     def local_path(self: ModelReference, *args: Any, **kwargs: Any) -> str:
@@ -50,12 +64,27 @@ def reachable(options: MergeOptions) -> Iterator[None]:
 
     if options.transformers_cache:
         constants.HF_HUB_CACHE = options.transformers_cache
-    ModelReference.local_path = local_path
+    ModelReference.local_path, ModelReference.config = local_path, config
     try:
         yield
     finally:
         constants.HF_HUB_CACHE = cache
-        ModelReference.local_path = resolve
+        constants.HF_HUB_OFFLINE = offline
+        ModelReference.local_path, ModelReference.config = resolve, read
+
+
+def _unreachable() -> bool:
+    """Tell whether no server answers at the Hub's address; any answer is one."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of huggingface_hub's HTTP client
+        click.echo(
+            f"rpam: {constants.ENDPOINT} cannot be reached ({first_line(error)}): only "
+            "models in the cache can be used",
+            err=True,
+        )
+        return True
+    return False
 
 
 def _cached(model: ModelReference, reason: Exception) -> str:

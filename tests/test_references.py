@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rpam_mergekit.adapters import merge_adapters
 from rpam_mergekit.check import check_config, config_notes
-from rpam_mergekit.checkpoint import MergeModels, compare_shapes, content_digest
+from rpam_mergekit.checkpoint import MergeModels, content_digest
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.headers import compare_shapes, read_header
 from rpam_mergekit.references import public_name, reachable, read_config
 
 OWN_CODE = """
@@ -199,7 +200,7 @@ def test_an_adapter_trained_on_another_model_is_noted(pair, adapters):
     config = {**json.loads(path.read_text()), "base_model_name_or_path": "org/else"}
     path.write_text(json.dumps(config))
     models = MergeModels(
-        ModelReference.parse(str(pair / "long")), adapted(pair, adapters, "short")
+        ModelReference.parse(str(pair / "long")), (adapted(pair, adapters, "short"),)
     )
     options = MergeOptions(lazy_unpickle=True)
     (note,) = config_notes(models, options)
@@ -310,12 +311,12 @@ def test_shapes_of_cached_models_are_compared_once_they_are_loaded(
     wide, _ = save_pair(tmp_path, qwen2_config(tokenizer, hidden_size=64), tokenizer)
     models = [ModelReference.parse(name) for name in (str(wide), "org/name")]
     options = MergeOptions(transformers_cache=str(hub_cache))
-    assert compare_shapes(*models) == []
     with reachable(options):
         LoaderCache().setup(options)
         for model in models:
             LoaderCache().get(model)
-        finding = compare_shapes(*models)[0]
+        (mine, its) = (read_header(model) for model in models)
+        finding = compare_shapes(models[0], mine, models[1], its)[0]
     assert finding.startswith("lm_head.weight: shape (21, 64) in ")
 
 
@@ -339,6 +340,18 @@ def test_a_download_goes_to_one_cache_with_the_chat_template(
     name = "chat_template.jinja"
     assert (tmp_path / "out" / name).read_bytes() == (merged / name).read_bytes()
     assert not (tmp_path / "home" / "hub").exists()
+
+
+def test_a_hub_that_is_down_is_asked_once_and_the_cache_is_used(
+    merged, hub_cache, tmp_path, merge_revisions
+):
+    """huggingface_hub alone would try again for minutes."""
+    nobody = "http://127.0.0.1:9"
+    environment = {"HF_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0"}
+    process = merge_revisions(HF_HUB_CACHE=str(hub_cache), **environment)
+    succeeded(process)
+    assert process.stderr.count(f"rpam: {nobody} cannot be reached") == 1
+    assert shard_bytes(tmp_path / "out") == shard_bytes(merged)
 
 
 # Code of the model's own

@@ -38,11 +38,17 @@ def test_no_base_model(pair, refused):
     assert "base_model: missing. Name the Long-CoT reasoning model" in message
 
 
-def test_more_than_two_models(pair, refused):
+def test_more_than_two_models_without_patterns(pair, refused):
     models = [{"model": str(pair / name)} for name in ("short", "third")]
     message = refused(merge_config(pair, models=models))
-    assert "models: found 2 besides base_model" in message
-    assert "expected one" in message
+    assert "models[0].parameters.pattern: missing" in message
+    assert "models[1].parameters.pattern: missing" in message
+
+
+def test_a_model_listed_twice(pair, refused):
+    models = [{"model": str(pair / "short")}] * 2
+    message = refused(merge_config(pair, models=models))
+    assert f"models[1]: {pair / 'short'} is listed twice." in message
 
 
 def test_fewer_than_two_models(pair, refused):
@@ -128,7 +134,7 @@ def test_everything_wrong_is_said_at_once(pair, refused):
         pair,
         base_model=None,
         dtype="float31",
-        tokenizer_source="union",
+        tokenizer_source=str(pair / "short"),
         parameters={"calibration": "nowhere.jsonl", "epochs": 0},
     )
     message = refused(config)
@@ -141,12 +147,6 @@ def test_everything_wrong_is_said_at_once(pair, refused):
         "tokenizer_source",
     ):
         assert part in message
-
-
-def test_slices_are_not_supported(pair, refused):
-    source = {"model": str(pair / "short"), "layer_range": [0, 3]}
-    config = merge_config(pair, models=None, slices=[{"sources": [source]}])
-    assert "slices: rpam optimises whole models" in refused(config)
 
 
 @pytest.fixture

@@ -1,0 +1,267 @@
+"""The text of a config: is it YAML, and are all its keys and values mergekit's?
+
+mergekit ignores keys that it does not know, and of a key that is given twice all but
+the last. What it takes is read from its own pydantic classes.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from mergekit.config import MergeConfiguration
+from pydantic import BaseModel, ValidationError
+
+from rpam_mergekit.errors import RpamError, first_line, suggestion
+
+# What pydantic's error types say, in words; the rest are taken from its messages.
+EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "literal_error": "",
+}
+CLASSES = {
+    "ModelReference": "the name of a model",
+    "ConditionalParameter": "filters with values",
+}
+ONE_OF = ("models", "slices", "modules")
+LONGEST = 60
+
+
+@dataclass(frozen=True)
+class Document:
+    """One config of a file: its content, what it means to mergekit, what is wrong.
+
+    `name` is mergekit-multi's. `config` is None where mergekit could not read it.
+    """
+
+    content: Mapping[str, Any]
+    config: MergeConfiguration | None = None
+    findings: list[str] = field(default_factory=list)
+    name: str | None = None
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Return the configs of a file, of which mergekit-multi's have several.
+
+    Raises `RpamError` if it cannot be read, is not UTF-8, no YAML or empty.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        nodes = list(yaml.compose_all(text, yaml.SafeLoader))
+        contents = list(yaml.safe_load_all(text))
+    except OSError as error:
+        raise RpamError(f"{path}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RpamError(f"{path}: not UTF-8 text: {error.reason}") from error
+    except yaml.YAMLError as error:
+        raise RpamError(f"{path}{_place(error)}") from error
+    except ValueError as error:  # such as a date that does not exist
+        raise RpamError(f"{path}: not YAML: {first_line(error)}") from error
+    found = [
+        _document(content, list(_repeated(node, "")))
+        for content, node in zip(contents, nodes, strict=True)
+        if content is not None
+    ]
+    if not found:
+        raise RpamError(
+            f"{path}: there is no config in it. A config has merge_method, base_model, "
+            "models and parameters."
+        )
+    return found
+
+
+def check_keys(document: Any) -> list[str]:
+    """Return a finding for every unknown key of a config, with a suggestion."""
+    if not isinstance(document, Mapping):
+        return []
+    known = {key: value for key, value in document.items() if key != "name"}
+    return list(_unknown(known, [MergeConfiguration], ""))
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or first_line(error)
+    where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    advice = " Indent by spaces." if "'\\t'" in problem else ""
+    return f"{where}: not YAML: {problem}.{advice}"
+
+
+def _document(content: Any, findings: list[str]) -> Document:
+    if not isinstance(content, Mapping):
+        raise RpamError(
+            f"the config is {_shown(content)}, expected a mapping with merge_method, "
+            "base_model, models and parameters."
+        )
+    name = content.get("name")
+    content = {key: value for key, value in content.items() if key != "name"}
+    findings += check_keys(content)
+    try:
+        config = MergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        findings += _invalid(error, content)
+        return Document(content, None, findings, name)
+    except RuntimeError as error:  # of mergekit's validators
+        findings.append(_refused(error, content))
+        return Document(content, None, findings, name)
+    return Document(content, config, findings, name)
+
+
+def _repeated(node: Any, where: str) -> Iterator[str]:
+    """Yield a finding for every key that a mapping of a YAML tree has twice."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _repeated(item, f"{where}[{number}]")
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            path = f"{where}.{key.value}".removeprefix(".")
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str) and key.value in lines:
+                yield (
+                    f"{path}: given twice, in lines {lines[key.value]} and {line}. "
+                    "Only the last would count."
+                )
+            lines[str(key.value)] = line
+            yield from _repeated(value, path)
+
+
+def _unknown(value: Any, annotations: Sequence[Any], where: str) -> Iterator[str]:
+    """Yield a finding for every key that none of the `annotations` knows."""
+    arms = [arm for annotation in annotations for arm in _arms(annotation)]
+    if isinstance(value, (list, tuple)):
+        items = [
+            a for arm in arms if get_origin(arm) in (list, tuple) for a in _of(arm)
+        ]
+        for number, item in enumerate(value):
+            yield from _unknown(item, items, f"{where}[{number}]")
+    if not isinstance(value, Mapping):
+        return
+    fields: dict[str, list[Any]] = {}
+    for arm in arms:
+        if isinstance(arm, type) and issubclass(arm, BaseModel):
+            for name, info in arm.model_fields.items():
+                fields.setdefault(name, []).append(info.annotation)
+    values = [_of(arm)[1] for arm in arms if get_origin(arm) is dict]
+    for key, inner in value.items():
+        path = f"{where}.{key}".removeprefix(".")
+        if values or key in fields:
+            yield from _unknown(inner, values + fields.get(key, []), path)
+        elif fields:
+            yield f"{path}: unknown key.{suggestion(str(key), fields)}"
+
+
+def _arms(annotation: Any) -> list[Any]:
+    """Return what an annotation allows, its unions flattened."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [arm for one in get_args(annotation) for arm in _arms(one)]
+    return [annotation]
+
+
+def _of(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation)
+
+
+def _invalid(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
+    """Return one finding for every value that mergekit cannot read."""
+    found: dict[str, list[Any]] = {}
+    values: dict[str, Any] = {}
+    for one in error.errors():
+        where, value = _located(one, content)
+        found.setdefault(where, []).append(one)
+        values[where] = value
+    # A union reports what each of its arms would have needed inside the value.
+    outer = [w for w in found if not any(e["type"] == "missing" for e in found[w])]
+    findings = []
+    for where, errors in found.items():
+        if any(where.startswith((f"{o}.", f"{o}[")) for o in outer):
+            continue
+        if where not in outer:
+            findings.append(f"{where}: missing.")
+        else:
+            findings.append(f"{where}: found {_shown(values[where])}.{_said(errors)}")
+    return findings
+
+
+def _located(error: Any, content: Any) -> tuple[str, Any]:
+    """Return the path of the value that an error is about, and the value.
+
+    pydantic's own path has the names of a union's arms in it.
+    """
+    where, value = "", content
+    for part in error["loc"]:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            where, value = f"{where}[{part}]", value[part]
+        elif isinstance(value, Mapping) and part in value:
+            where, value = f"{where}.{part}", value[part]
+    if error["type"] == "missing":
+        where = f"{where}.{error['loc'][-1]}"
+    return where.removeprefix("."), value
+
+
+def _said(errors: Sequence[Any]) -> str:
+    expected, messages = [], []
+    for error in errors:
+        word = EXPECTED.get(error["type"])
+        if error["type"] in ("model_type", "model_attributes_type"):
+            word = CLASSES.get(error["ctx"]["class_name"], "a mapping")
+        elif error["type"] == "literal_error":
+            word = error["ctx"]["expected"]
+        if word:
+            expected.append(word)
+        else:
+            messages.append(error["msg"].removeprefix("Value error, "))
+    told = [f" {message.rstrip('.')}." for message in dict.fromkeys(messages)]
+    if expected:
+        told.insert(0, f" Expected {' or '.join(dict.fromkeys(expected))}.")
+    return "".join(told)
+
+
+def _refused(error: RuntimeError, content: Mapping[str, Any]) -> str:
+    """Return a finding for what mergekit's validators refuse without a place."""
+    said = first_line(error)
+    if "Exactly one of" in said:
+        given = [key for key in ONE_OF if content.get(key)]
+        found = " and ".join(given) if given else "none of them"
+        return f"{', '.join(ONE_OF)}: found {found}, expected exactly one. {_EXAMPLE}"
+    for where, text in strings(content):
+        if text and said.endswith(text):
+            return f"{where}: found '{text}'. {said.removesuffix(text).rstrip(': ')}."
+    return f"{said}."
+
+
+_EXAMPLE = "Write models: with the model that is not base_model."
+
+
+def strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the value of all strings in a config."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from strings(inner, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from strings(inner, f"{where}[{number}]")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    shown = "nothing" if value is None else repr(value)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
