@@ -48,7 +48,7 @@ def adapter_findings(
         files = adapter_files(model.lora)
     except RpamError as error:
         return [*findings, *(f"{model}: {finding}" for finding in error.findings)]
-    folder = _merged_folder(model, options)
+    folder = merged_folder(model, options)
     if config is not None and folder is not None and folder.exists():
         made_from = _made_from(model, config, files, options)
         reason = _not_usable(folder, made_from, files)
@@ -109,13 +109,23 @@ def merge_adapters(models: Iterable[ModelReference], options: MergeOptions) -> N
     Raises `RpamError` if an adapter does not fit its model.
     """
     for model in models:
-        folder = _merged_folder(model, options)
+        folder = merged_folder(model, options)
         if folder is None:
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
                 _merge_adapter(model, folder, options)
+
+
+def merged_from(model: ModelReference, options: MergeOptions) -> dict[str, Any]:
+    """Return what a model with an adapter is made of now: digests, no weights.
+
+    Raises `RpamError` if the adapter is not there.
+    """
+    assert model.lora is not None
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    return _made_from(model, config, adapter_files(model.lora), options)
 
 
 def _merge_adapter(model: ModelReference, folder: Path, options: MergeOptions) -> None:
@@ -125,9 +135,7 @@ def _merge_adapter(model: ModelReference, folder: Path, options: MergeOptions) -
             merged = model.merged(
                 unfinished, options.trust_remote_code, options.lora_merge_dtype
             )
-            config = model.config(trust_remote_code=options.trust_remote_code)
-            files = adapter_files(model.lora)
-            made_from = _made_from(model, config, files, options)
+            made_from = merged_from(model, options)
         except Exception as error:
             raise RpamError(
                 f"{model}: the adapter cannot be merged into the model: "
@@ -138,7 +146,7 @@ def _merge_adapter(model: ModelReference, folder: Path, options: MergeOptions) -
         path.rename(folder)
 
 
-def _merged_folder(model: ModelReference, options: MergeOptions) -> Path | None:
+def merged_folder(model: ModelReference, options: MergeOptions) -> Path | None:
     """Return where mergekit keeps a merged adapter."""
     if model.lora is None or options.lora_merge_cache is None:
         return None

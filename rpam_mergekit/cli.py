@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,45 @@ from rpam_mergekit.cli_sampling import (
     sample,
 )
 
-COMMANDS = ("sample", "grade", "label", "fit", "merge", "sweep", "compare", "report")
+COMMANDS = (
+    "sample",
+    "grade",
+    "label",
+    "check",
+    "fit",
+    "merge",
+    "export",
+    "push",
+    "sweep",
+    "compare",
+    "report",
+)
+# Commands that need mergekit and torch: where they are, and what they do.
+HEAVY = {
+    "check": ("cli_check", "Say all that is wrong with a config; download nothing."),
+    "fit": ("cli_fit", "Run the pre-pass only, by one process or many."),
+    "merge": ("", "Run a merge config, as mergekit-yaml does."),
+    "export": ("cli_export", "Write a merge as a recipe that needs no plugin."),
+    "push": ("cli_push", "Publish a merge on the Hub."),
+}
 
 
 class _Group(click.Group):
-    """Loads `fit` and `merge`, which need mergekit and torch, only when asked for."""
+    """Loads the commands that need mergekit and torch only when asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [
-            "sample",
-            "grade",
-            "label",
-            "fit",
-            "merge",
-            "sweep",
-            "compare",
-            "report",
-        ]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in ("fit", "merge"):
+        if name not in HEAVY:
             return super().get_command(ctx, name)
         from rpam_mergekit.method import activate
 
         activate()
-        if name == "fit":
-            from rpam_mergekit.cli_fit import fit_command
-
-            return fit_command
+        module, _ = HEAVY[name]
+        if module:
+            found = importlib.import_module(f"rpam_mergekit.{module}")
+            return getattr(found, f"{name}_command")
         # After `activate`: it takes the name `run_merge` from mergekit at its import.
         from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -56,6 +68,15 @@ class _Group(click.Group):
         """
         return mergekit_yaml
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; configs and files of the Hub become local ones."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in HEAVY:
+            rest = [_local(argument) for argument in rest]
+        return name, command, rest
+
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter
     ) -> None:
@@ -63,11 +84,19 @@ class _Group(click.Group):
             (name, command.get_short_help_str(limit=80))
             for name, command in self.commands.items()
         ]
-        rows.append(("fit", "Run the pre-pass only, by one process or many."))
-        rows.append(("merge", "Run a merge config, as mergekit-yaml does."))
+        rows += [(name, what) for name, (_, what) in HEAVY.items()]
         rows.sort(key=lambda row: self.list_commands(ctx).index(row[0]))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _local(argument: str) -> str:
+    """Return the file that ``hf://...`` names, any other argument as it is."""
+    if not argument.startswith("hf://"):
+        return argument
+    from rpam_mergekit.hub import local_path
+
+    return str(local_path(argument, "CONFIG"))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,6 +110,7 @@ def main() -> None:
       mergekit-rpam sample LONG_MODEL  --dataset gsm8k --out long.samples.jsonl
       mergekit-rpam sample SHORT_MODEL --dataset gsm8k --out short.samples.jsonl
       mergekit-rpam label long.samples.jsonl short.samples.jsonl --out calibration.jsonl
+      mergekit-rpam check rpam.yml
       mergekit-yaml rpam.yml out/
       mergekit-rpam compare long.samples.jsonl short.samples.jsonl \\
         merged.samples.jsonl --out report

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import click
 import yaml
-from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from mergekit.plan import MergePlanner
 
-from rpam_mergekit.adapters import merge_adapters
-from rpam_mergekit.check import NAME, check_config
+from rpam_mergekit.check import NAME, check_merge
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.fit import fit
-from rpam_mergekit.parallel import Processes, joined, local_device
+from rpam_mergekit.fit import IN_OUTPUT, coefficients_of
+from rpam_mergekit.parallel import joined, local_device
+from rpam_mergekit.planned import plan
 from rpam_mergekit.references import reachable
 
 
@@ -56,34 +52,15 @@ def fit_command(
     if out is not None:
         config.parameters = {**(config.parameters or {}), "coefficients": str(out)}
     with reachable(merge_options):
-        request = check_config(config, merge_options, source)
-        if request.settings.coefficients is None:
+        examined = check_merge(config, merge_options, source)
+        assert examined.request is not None
+        if examined.request.settings.coefficients is None:
             raise RpamError(
                 "the coefficients file has no name: give --out, or name it in "
                 "parameters.coefficients."
             )
         with joined(local_device(merge_options.device or "cpu")) as processes:
-            path = _fit(config, merge_options, processes)
+            planned = plan(config, merge_options, examined, processes)
+            path = coefficients_of(planned, IN_OUTPUT)
     if processes.rank == 0:
         click.echo(str(path))
-
-
-def _fit(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    processes: Processes,
-) -> Path:
-    """Run what mergekit does before it plans a merge, then the pre-pass."""
-    architecture = get_architecture_info(config, options)
-    LoaderCache().setup(options=options)
-    out_config = _model_out_config(
-        config, architecture, trust_remote_code=options.trust_remote_code
-    )
-    if processes.rank == 0:  # downloads and merges adapters, once
-        merge_adapters(config.referenced_models(), options)
-        for model in config.referenced_models():
-            LoaderCache().get(model)
-    processes.tell(None)
-    planner = MergePlanner(config, architecture, options, out_config)
-    path, _ = fit(planner, ".", processes)  # the file's name is given
-    return path

@@ -7,27 +7,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
-from transformers import AutoTokenizer
 
-from rpam_mergekit.check import MergeRequest, check_config, config_notes
-from rpam_mergekit.checkpoint import Layout, plan_layout
-from rpam_mergekit.decoder import Decoder
+from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.memory import (
-    activation_bytes,
-    check_disk,
-    choose_shelf,
-    coefficient_bytes,
-    readable,
-    return_freed_memory,
-)
-from rpam_mergekit.parallel import Processes, local_device
+from rpam_mergekit.hub import is_hub_path, local_path
+from rpam_mergekit.memory import return_freed_memory
+from rpam_mergekit.planned import Planned, make_room
 from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
 from rpam_mergekit.reuse import (
-    Say,
     alone,
     fingerprint_of,
     reusable,
@@ -43,135 +31,90 @@ from rpam_mergekit.solved import (
 from rpam_mergekit.tables import aligned
 
 IN_OUTPUT = Path("rpam") / "coefficients.safetensors"
-PLACES = {"device": "the device", "host": "the host", "disk": "disk"}
 
 
-def fit(
-    planner: Any, out_path: str | Path, processes: Processes | None = None
-) -> tuple[Path, Layout]:
+def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
     """Return the coefficients file for a merge, running the pre-pass if need be.
 
     `planner` is mergekit's `MergePlanner`. The file lies where
     `parameters.coefficients` says, or in `rpam/` of the output folder, where loaders
-    that read every safetensors file of a model's folder do not see it. Of several
-    `processes` the first reads and writes it. Raises `RpamError` for whatever cannot
-    be merged, before the pre-pass.
+    that read every safetensors file of a model's folder do not see it. Raises
+    `RpamError` for whatever cannot be merged, before the pre-pass.
     """
-    config, options = planner.config, planner.options
-    processes = processes or Processes()
-    say = _speaker(options, processes)
-    request = check_config(config, options)
-    models = request.models
-    layout = plan_layout(
-        planner.arch_info, planner.out_model_config, [models.base, models.other]
-    )
-    path = Path(request.settings.coefficients or Path(out_path) / IN_OUTPUT)
+    planned = Planned(planner)
+    return coefficients_of(planned, Path(out_path) / IN_OUTPUT), planned.layout
+
+
+def coefficients_of(planned: Planned, default: Path) -> Path:
+    """Return the coefficients file of a planned merge, `default` if it has no name.
+
+    Of several processes the first reads and writes it.
+    """
+    request, processes = planned.request, planned.processes
+    named = request.settings.coefficients
+    path = local_path(named, "parameters.coefficients") if named else default
     if request.calibration is None and not path.exists():
         raise RpamError(
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
         )
-    for note in config_notes(models, options):
-        say(f"rpam: {note}")
-    fixed = request.fixed_weights(layout)
-    first = processes.rank == 0
+    planned.say_notes()
     if request.calibration is None:
-        reusable(path, fingerprint_of(request, fixed, config, []), request, layout)
-        say(f"rpam: coefficients taken from {path}")
-        return path, layout
+        made_from = fingerprint_of(request, planned.fixed, planned.config, [])
+        reusable(path, made_from, request, planned.layout)
+        planned.say(f"rpam: coefficients taken from {named}")
+        return path
     return_freed_memory()
-    queries = _encode(planner, request, say)
-    prepass = _prepass(planner, request, layout, queries, fixed, processes)
+    queries = planned.queries()
+    prepass = planned.prepass(queries)
+    first = processes.rank == 0
     fingerprint = processes.tell(
-        fingerprint_of(request, fixed, config, queries) if first else {}
+        fingerprint_of(request, planned.fixed, planned.config, queries) if first else {}
     )
-    with alone(path, say) if first else nullcontext():
+    on_hub = named is not None and is_hub_path(named)
+    with alone(path, planned.say) if first and not on_hub else nullcontext():
         if processes.tell(
-            first and path.exists() and reusable(path, fingerprint, request, layout)
+            first
+            and path.exists()
+            and reusable(path, fingerprint, request, planned.layout)
         ):
-            say(f"rpam: coefficients reused from {path}")
-            return path, layout
-        solved = (SolvedLayers if first else SolvedElsewhere)(
-            unfinished(path) / folder_of(fingerprint)
-        )
-        if solved:
-            say(
-                f"rpam: {len(solved)} of {len(layout.layers)} layers were solved by a "
-                f"run that did not end; going on behind them ({solved.folder})"
+            planned.say(f"rpam: coefficients reused from {named or path}")
+            return path
+        if on_hub:
+            raise RpamError(
+                f"parameters.coefficients: {named} was made from other calibration "
+                "data or settings than the config's, and files of the Hub are not "
+                "rewritten. Leave parameters.calibration out to merge by it as it is, "
+                "or name a file on this machine."
             )
-        say(f"rpam: {_make_room(prepass, solved.folder)}")
-        solution = prepass.run(solved)
-        if first:
-            write_solution(path, solution, models, fingerprint)
-            say(layer_table(solution.layers))
-            solved.remove()
-        processes.tell(None)  # nobody leaves before the file is there
-    say(f"rpam: coefficients written to {path}")
-    del prepass, solution
+        _solve(planned, prepass, path, fingerprint)
+    planned.say(f"rpam: coefficients written to {path}")
+    del prepass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return path, layout
+    return path
 
 
-def _prepass(
-    planner: Any,
-    request: MergeRequest,
-    layout: Layout,
-    queries: Sequence[EncodedQuery],
-    fixed: Mapping[str, float],
-    processes: Processes,
-) -> PrePass:
-    """Return the pre-pass of a merge. Raises `RpamError` for its architecture."""
-    options, config = planner.options, planner.config
-    base_config = request.models.base.config(
-        trust_remote_code=options.trust_remote_code
+def _solve(
+    planned: Planned, prepass: PrePass, path: Path, fingerprint: Mapping[str, Any]
+) -> None:
+    """Run the pre-pass, behind what an earlier run has solved; write the file."""
+    first = planned.processes.rank == 0
+    solved = (SolvedLayers if first else SolvedElsewhere)(
+        unfinished(path) / folder_of(fingerprint)
     )
-    device = local_device(options.device or "cpu")
-    return PrePass(
-        request.models,
-        layout,
-        Decoder(
-            base_config,
-            device,
-            options.trust_remote_code,
-            request.settings.compute_dtype,
-        ),
-        make_batches(queries, request.settings.batch_size, pad_id=0),
-        request.settings,
-        dtype=config.dtype,
-        out_dtype=config.out_dtype,
-        fixed=fixed,
-        processes=processes,
-        quiet=options.quiet,
-    )
-
-
-def _make_room(prepass: PrePass, folder: Path) -> str:
-    """Give the pre-pass a shelf, with files in `folder`; return what lies where.
-
-    Raises `RpamError` if the disk is too small for them or for the coefficients.
-    """
-    settings, processes = prepass.settings, prepass.processes
-    check_disk(
-        folder,
-        2 * coefficient_bytes(prepass.decoder, settings),
-        "the coefficients, by layer and as a whole,",
-    )
-    width = prepass.decoder.model.config.get_text_config().hidden_size
-    size = activation_bytes(prepass.batches, width)
-    prepass.shelf = choose_shelf(
-        settings.activations,
-        size // processes.count,
-        prepass.decoder.device,
-        folder / f"activations-{processes.rank}",
-    )
-    queries = sum(len(batch.patterns) for batch in prepass.batches)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in prepass.batches)
-    of = f", {processes.count} processes" if processes.count > 1 else ""
-    return (
-        f"{queries} queries, {tokens} tokens; activations of {readable(size)} on "
-        f"{PLACES[prepass.shelf.place]}{of}"
-    )
+    if solved:
+        planned.say(
+            f"rpam: {len(solved)} of {len(planned.layout.layers)} layers were solved "
+            f"by a run that did not end; going on behind them ({solved.folder})"
+        )
+    planned.say(f"rpam: {make_room(prepass, solved.folder)}")
+    solution = prepass.run(solved)
+    if first:
+        write_solution(path, solution, planned.models, fingerprint)
+        planned.say(layer_table(solution.layers))
+        solved.remove()
+    planned.processes.tell(None)  # nobody leaves before the file is there
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:
@@ -194,37 +137,3 @@ def layer_table(reports: Sequence[LayerReport]) -> str:
         "distance of the other expert"
     )
     return "\n".join(lines)
-
-
-def _encode(planner: Any, request: MergeRequest, say: Say) -> list[EncodedQuery]:
-    """Return the drawn calibration queries as the merged model will see them."""
-    from mergekit.merge import _set_chat_template
-
-    base = request.models.base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.model.path,
-            revision=base.model.revision,
-            trust_remote_code=planner.options.trust_remote_code,
-        )
-    except Exception as error:
-        raise RpamError(
-            f"{base}: its tokenizer cannot be loaded, which the calibration queries "
-            f"need: {str(error).strip().splitlines()[0]}"
-        ) from error
-    _set_chat_template(tokenizer, planner.config)
-    vocabulary = planner.out_model_config.get_text_config().vocab_size
-    assert request.calibration is not None
-    queries, notes = encode_calibration(
-        request.calibration, tokenizer, vocabulary, request.settings
-    )
-    for note in notes:
-        say(f"rpam: {note}")
-    return queries
-
-
-def _speaker(options: Any, processes: Processes) -> Say:
-    """Return what tells the user something; only the first process does."""
-    if options.quiet or processes.rank > 0:
-        return lambda text: None
-    return lambda text: click.echo(text, err=True)

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
-import yaml
 from mergekit import merge_methods
+from mergekit.architecture import ConfiguredModuleArchitecture, WeightInfo
 from mergekit.common import dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -31,14 +33,19 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
+from mergekit.options import MergeOptions
 
+from rpam_mergekit import multimerge, record
 from rpam_mergekit.adapters import merge_adapters
-from rpam_mergekit.check import NAME, check_config, check_keys, weight_parameter
-from rpam_mergekit.checkpoint import Layout
+from rpam_mergekit.check import NAME, check_merge, weight_parameter
+from rpam_mergekit.checkpoint import Layout, entry_name
 from rpam_mergekit.coefficients import open_coefficients, written
 from rpam_mergekit.completeness import check_complete
-from rpam_mergekit.errors import RpamError, refuse
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.export import RECIPE
 from rpam_mergekit.fit import fit
+from rpam_mergekit.inputs import cut_config, read_inputs
+from rpam_mergekit.planned import already_checked
 from rpam_mergekit.references import reachable
 
 NO_PLANNER = (
@@ -57,6 +64,7 @@ class RpamMerge(GroupMergeMethod):
         reference_url="https://arxiv.org/abs/2601.03506",
         parameters=(
             weight_parameter(),
+            ParameterSpec("pattern", str | None, NON_BASE, default=None),
             ParameterSpec("tensor", str | None, NON_BASE, default=None),
             ParameterSpec("coefficients", str | None, SHARED, default=None),
             ParameterSpec("written_dtype", str | None, SHARED, default=None),
@@ -64,9 +72,7 @@ class RpamMerge(GroupMergeMethod):
         contract=InputContract(
             base=BasePolicy.REQUIRED,
             min_inputs=2,
-            max_inputs=2,
             min_non_base=1,
-            max_non_base=1,
         ),
     )
 
@@ -84,21 +90,33 @@ class RpamMerge(GroupMergeMethod):
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Return the merged tensor, computed in float32 and rounded once."""
-        (other,) = group.non_base
         assert group.base is not None  # the contract requires it
         base = group.base.tensor
-        weight = parameters["weight"][other.id]
-        tensor = parameters["tensor"][other.id]
-        if weight is not None:
-            parts = {"scalar": torch.tensor(weight, dtype=torch.float32)}
-        elif tensor is not None:
-            file = open_coefficients(parameters["coefficients"])
-            parts = file.parts(tensor)
-        else:
-            raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
+        parts = [
+            {
+                part: value.to(base.device)
+                for part, value in _parts(group, other.id, parameters).items()
+            }
+            for other in group.non_base
+        ]
+        others = [other.tensor for other in group.non_base]
         dtype = dtype_from_name(parameters["written_dtype"])
-        parts = {part: value.to(base.device) for part, value in parts.items()}
-        return written(base, other.tensor, parts, dtype)
+        return written(base, others, parts, dtype)
+
+
+def _parts(
+    group: TensorGroup, other: Hashable, parameters: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Return the parts of a tensor's coefficient for one of the other models."""
+    weight = parameters["weight"][other]
+    tensor = parameters["tensor"][other]
+    if weight is not None:
+        return {"scalar": torch.tensor(weight, dtype=torch.float32)}
+    if tensor is None:
+        raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
+    pattern = parameters["pattern"][other]
+    file = open_coefficients(parameters["coefficients"])
+    return file.parts(entry_name(pattern, tensor, len(group.non_base)))
 
 
 METHOD = RpamMerge()
@@ -115,17 +133,15 @@ def register(_module: Any = None) -> None:
 def hook_planner(module: Any) -> None:
     """Let `MergePlanner` of `mergekit.plan` run the pre-pass before it plans."""
 
-    def around(original: Any) -> Any:
-        @functools.wraps(original)
-        def plan_to_disk(self: Any, out_path: str) -> Any:
-            if self.config.merge_method != NAME:
-                return original(self, out_path)
-            with _injected(self.config, *fit(self, out_path)):
-                return original(self, out_path)
+    def plan_to_disk(original: Any, planner: Any, out_path: str) -> Any:
+        if planner.config.merge_method != NAME:
+            return original(planner, out_path)
+        coefficients, layout = fit(planner, out_path)
+        cut_config(planner.out_model_config, read_inputs(planner.config))
+        with _injected(planner, coefficients, layout):
+            return original(planner, out_path)
 
-        return plan_to_disk
-
-    _wrap(module.MergePlanner, "plan_to_disk", around)
+    _wrap(module.MergePlanner, "plan_to_disk", plan_to_disk)
 
 
 def hook_run_merge(module: Any) -> None:
@@ -134,43 +150,41 @@ def hook_run_merge(module: Any) -> None:
     And the model when it is written.
     """
 
-    def around(original: Any) -> Any:
-        @functools.wraps(original)
-        def run_merge(
-            merge_config: MergeConfiguration,
-            out_path: str,
-            options: Any,
-            config_source: str | None = None,
-        ) -> Any:
-            if merge_config.merge_method != NAME:
-                return original(merge_config, out_path, options, config_source)
-            with reachable(options):
-                request = check_config(merge_config, options, config_source)
-                models = request.models
-                merge_adapters((models.base, models.other), options)
-                result = original(merge_config, out_path, options, config_source)
-                check_complete(out_path, models.base, options.trust_remote_code)
-            return result
+    def run_merge(
+        original: Any,
+        merge_config: MergeConfiguration,
+        out_path: str,
+        options: MergeOptions,
+        config_source: str | None = None,
+    ) -> Any:
+        if merge_config.merge_method != NAME:
+            record.begin(out_path)  # what will be there is no merge by rpam
+            return original(merge_config, out_path, options, config_source)
+        with reachable(options), record.folders_are_local(), _own_loaders():
+            examined = check_merge(merge_config, options, config_source)
+            request = examined.request
+            assert request is not None
+            given = merge_config.model_copy(deep=True)  # planning rewrites it
+            record.begin(out_path)
+            models = request.models
+            merge_adapters(models.every, options)
+            source = config_source or given.to_yaml()
+            with already_checked(merge_config, examined):
+                result = original(merge_config, out_path, options, source)
+            check_complete(out_path, models.base, options.trust_remote_code)
+            reason = record.finish(out_path, given, request, options)
+        if reason and not options.quiet:
+            click.echo(f"rpam: no {RECIPE}: {reason}", err=True)
+        return result
 
-        return run_merge
-
-    _wrap(module, "run_merge", around)
+    _wrap(module, "run_merge", run_merge)
 
 
 def hook_multimerge(module: Any) -> None:
-    """Let mergekit-multi refuse unknown keys, which it drops when it reads a config."""
-
-    def around(original: Any) -> Any:
-        @functools.wraps(original)
-        def load_config(config_source: str, intermediate_dir: str) -> Any:
-            for document in yaml.safe_load_all(config_source):
-                if isinstance(document, dict) and document.get("merge_method") == NAME:
-                    refuse(check_keys(document))
-            return original(config_source, intermediate_dir)
-
-        return load_config
-
-    _wrap(module, "load_config", around)
+    """Let mergekit-multi check all configs first, and outputs that it would skip."""
+    for name in ("load_config", "patched_config", "make_tasks"):
+        _wrap(module, name, getattr(multimerge, name))
+    _wrap(module.MergeModelTask, "execute", multimerge.execute)
 
 
 def activate() -> None:
@@ -183,27 +197,46 @@ def activate() -> None:
     hook_run_merge(mergekit.merge)
 
 
-def _wrap(owner: Any, name: str, around: Any) -> None:
+def _wrap(owner: Any, name: str, replacement: Any) -> None:
+    """Put `replacement`, which gets the original first, in its place; only once."""
     original = getattr(owner, name)
-    if not getattr(original, "rpam_mergekit", False):
-        wrapped = around(original)
-        wrapped.rpam_mergekit = True
-        setattr(owner, name, wrapped)
+    if getattr(original, "rpam_mergekit", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapped.rpam_mergekit = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
 
 
 @contextmanager
-def _injected(
-    config: MergeConfiguration, coefficients: Path, layout: Layout
-) -> Iterator[None]:
+def _own_loaders() -> Iterator[None]:
+    """Keep no loader of a model from one merge of a process to the next.
+
+    mergekit's know a folder as it was when they were made, by the options of then.
+    """
+    LoaderCache.loaders.clear()
+    try:
+        yield
+    finally:
+        LoaderCache.loaders.clear()
+
+
+@contextmanager
+def _injected(planner: Any, coefficients: Path, layout: Layout) -> Iterator[None]:
     """Give the planner the kernel's parameters; the user's config stays as it was.
 
-    Filters match parts of names and the first match wins: longest names first.
+    Filters match parts of names and the first match wins: longest names first. Of the
+    inputs' tensors for what belongs to an input, of the output's for its dtype.
     """
+    config = planner.config
     infos = [*layout.outside, *(info for layer in layout.layers for info in layer)]
     infos.sort(key=lambda info: -len(info.name))
     forced = [
         ConditionalParameter(filter=info.name, value=info.force_dtype)
-        for info in infos
+        for info in _output_weights(planner)
         if info.force_dtype
     ]
     original = config.parameters
@@ -217,6 +250,20 @@ def _injected(
         yield
     finally:
         config.parameters = original
+
+
+def _output_weights(planner: Any) -> list[WeightInfo]:
+    """Return the output's tensors, longest names first."""
+    infos = [
+        info
+        for module in planner.arch_info.modules.values()
+        for info in ConfiguredModuleArchitecture(
+            info=module.architecture,
+            config=planner.out_model_config,
+            weight_prefix=module.weight_prefix,
+        ).all_weights()
+    ]
+    return sorted(infos, key=lambda info: -len(info.name))
 
 
 if "rpam_mergekit._startup" in sys.modules:
