@@ -2,8 +2,8 @@
 
 For `low_rank` fields of several ranks: measured on the merge of a random pair of at
 least 8 million parameters, and computed from shapes for published models. The
-computed size is that of the file's float32 numbers and of its header; it is compared
-with the measured one.
+computed size is that of the file's numbers (float32, or float16 by `coefficient_dtype`)
+and of its header; it is compared with the measured one.
 
     python benchmarks/coefficient_size.py [--hidden 512] [--layers 3] [--quick]
 """
@@ -28,11 +28,19 @@ from transformers import (
 from rpam_mergekit.granularity import count_numbers
 
 RANKS = (0, 4, 8, 16)
+MEASURED = (
+    (2, "float32"),
+    (4, "float16"),
+    (4, "float32"),
+    (16, "float16"),
+    (16, "float32"),
+)
 LIMIT = 2.0  # percent
 MOST = 256  # the largest rank that the method takes
 LEAST = 8_000_000  # parameters of a pair whose file is measured
 PARTS = {1: ("element",), 2: ("row", "column", "left", "right")}
-BYTES = {"bfloat16": 2, "float32": 4}
+BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}
+OF_MODELS = ("bfloat16", "float32")
 
 
 def published() -> dict[str, PretrainedConfig]:
@@ -90,7 +98,9 @@ def parameters(shapes: Mapping[str, torch.Size]) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
-def file_bytes(shapes: Mapping[str, torch.Size], rank: int) -> int:
+def file_bytes(
+    shapes: Mapping[str, torch.Size], rank: int, dtype: str = "float32"
+) -> int:
     """Return the size of the coefficients file: its numbers, and where they are.
 
     The settings and the layers' reports, some kilobytes, are not counted.
@@ -105,7 +115,7 @@ def file_bytes(shapes: Mapping[str, torch.Size], rank: int) -> int:
                 entry = {"dtype": "F32", "shape": list(shape), "data_offsets": place}
                 header[f"{name}/{part}"] = entry
         numbers += count
-    return 4 * numbers + len(json.dumps(header, separators=(",", ":")))
+    return BYTES[dtype] * numbers + len(json.dumps(header, separators=(",", ":")))
 
 
 def largest_rank(shapes: Mapping[str, torch.Size], width: int) -> int | None:
@@ -120,8 +130,10 @@ def computed_rows(configs: Mapping[str, PretrainedConfig]) -> list[list[str]]:
     rows = []
     for name, config in configs.items():
         shapes = shapes_of(config)
-        for dtype, width in BYTES.items():
+        for dtype in OF_MODELS:
+            width = BYTES[dtype]
             whole = width * parameters(shapes)
+            half = file_bytes(shapes, RANKS[-1], "float16")
             sizes = [file_bytes(shapes, rank) for rank in RANKS]
             rank = largest_rank(shapes, width)
             rows.append(
@@ -130,6 +142,7 @@ def computed_rows(configs: Mapping[str, PretrainedConfig]) -> list[list[str]]:
                     f"{parameters(shapes) / 1e9:.2f}",
                     dtype,
                     *(f"{100 * size / whole:.2f}" for size in sizes),
+                    f"{100 * half / whole:.2f}",
                     f"{sizes[-1] / 2**20:.0f}",
                     "none" if rank is None else str(rank),
                 ]
@@ -137,8 +150,10 @@ def computed_rows(configs: Mapping[str, PretrainedConfig]) -> list[list[str]]:
     return rows
 
 
-def measured_rows(config: PretrainedConfig, ranks: Sequence[int]) -> list[list[str]]:
-    """Return for every rank what a merge's file takes, and what was computed."""
+def measured_rows(
+    config: PretrainedConfig, merges: Sequence[tuple[int, str]]
+) -> list[list[str]]:
+    """Return for every rank and dtype what a file takes, and what was computed."""
     shapes = shapes_of(config)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,12 +161,13 @@ def measured_rows(config: PretrainedConfig, ranks: Sequence[int]) -> list[list[s
         write_pair(folder, config, torch.bfloat16)
         write_calibration(folder / "calibration.jsonl", 2, longest=32)
         whole = sum(p.stat().st_size for p in (folder / "long").glob("*.safetensors"))
-        for rank in ranks:
-            path = fit_pair(folder, rank=rank, epochs=1)
-            size, expected = path.stat().st_size, file_bytes(shapes, rank)
+        for rank, dtype in merges:
+            path = fit_pair(folder, rank=rank, epochs=1, coefficient_dtype=dtype)
+            size, expected = path.stat().st_size, file_bytes(shapes, rank, dtype)
             rows.append(
                 [
                     str(rank),
+                    dtype,
                     f"{size / 2**20:.2f}",
                     f"{100 * size / whole:.2f}",
                     f"{50 * size / whole:.2f}",
@@ -177,18 +193,20 @@ def main() -> None:
         f"Measured: a random pair of {count / 1e6:.1f} million parameters, width "
         f"{options.hidden}, {options.layers} layers, bfloat16.\n"
     )
-    head = ["rank", "file, MiB", "% of bfloat16", "% of float32"]
+    head = ["rank", "its dtype", "file, MiB", "% of bfloat16", "% of float32"]
     head += ["computed, MiB", "computed, % off"]
-    print(table(head, measured_rows(config, RANKS[-1:] if options.quick else RANKS)))
+    merges = MEASURED[-1:] if options.quick else MEASURED
+    print(table(head, measured_rows(config, merges)))
     shapes = shapes_of(config)
-    found = (f"{d} {largest_rank(shapes, width)}" for d, width in BYTES.items())
+    found = (f"{d} {largest_rank(shapes, BYTES[d])}" for d in OF_MODELS)
     print(f"\nLargest rank under {LIMIT:.0f} % of it: {', '.join(found)}.")
     models = published()
     if options.quick:
         models = dict(list(models.items())[:1])
     print("\nComputed from shapes, in percent of the model:\n")
     head = ["model", "parameters, 10^9", "dtype", *(f"rank {r}" for r in RANKS)]
-    head += [f"rank {RANKS[-1]}, MiB", f"largest rank under {LIMIT:.0f} %"]
+    head += [f"rank {RANKS[-1]} in float16", f"rank {RANKS[-1]}, MiB"]
+    head += [f"largest rank under {LIMIT:.0f} %"]
     print(table(head, computed_rows(models)))
     print(f"\n{describe()}")
 

@@ -26,7 +26,7 @@ from rpam_mergekit.solved import SolvedLayers
 PHASES = {
     "solving": (PrePass, "_minimise"),
     "experts' outputs": (PrePass, "run_experts"),
-    "gap before and after, merged stream": (PrePass, "_gap"),
+    "gap before and after, merged stream": (PrePass, "layer_gap"),
     "loading weights": (ExpertWeights, "layer"),
     "recording": (PrePass, "_entered"),
     "solved layers to disk": (SolvedLayers, "__setitem__"),

@@ -151,7 +151,7 @@ def _in_file(path: Path) -> dict[str, Tensor]:
         path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path)
     )
     return {
-        name: Tensor(tuple(tensor.shape), _DTYPES.get(tensor.dtype, "F32"))
+        name: Tensor(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
         for name, tensor in tensors.items()
     }
 

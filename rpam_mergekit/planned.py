@@ -17,13 +17,11 @@ from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer
 
 from rpam_mergekit.adapters import merge_adapters
 from rpam_mergekit.check import Examined, check_merge, config_notes
 from rpam_mergekit.checkpoint import plan_layout
 from rpam_mergekit.decoder import Decoder
-from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.memory import (
     activation_bytes,
     check_disk,
@@ -34,6 +32,7 @@ from rpam_mergekit.memory import (
 from rpam_mergekit.parallel import Processes, local_device
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.vocabulary import load_tokenizer
 
 PLACES = {"device": "the device", "host": "the host", "disk": "disk"}
 _checked: ContextVar[tuple[MergeConfiguration, Examined] | None] = ContextVar(
@@ -121,18 +120,7 @@ class Planned:
         """Return the drawn calibration queries as the merged model will see them."""
         from mergekit.merge import _set_chat_template
 
-        base, options = self.models.base, self.options
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                base.model.path,
-                revision=base.model.revision,
-                trust_remote_code=options.trust_remote_code,
-            )
-        except Exception as error:
-            raise RpamError(
-                f"{base}: its tokenizer cannot be loaded, which the calibration "
-                f"queries need: {first_line(error)}"
-            ) from error
+        tokenizer = load_tokenizer(self.models.base, self.options)
         _set_chat_template(tokenizer, self.config)
         assert self.request.calibration is not None
         queries, notes = encode_calibration(

@@ -7,19 +7,16 @@ A stock recipe computes in float32 (`dtype`) and writes all tensors in one dtype
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.io.tasks import LoaderCache
-from safetensors import safe_open
 
 from rpam_mergekit.checkpoint import Layout, MergeModels
-from rpam_mergekit.errors import RpamError, first_line
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.headers import read_header
 
 FLOATS = {
     "F64": torch.float64,
@@ -141,23 +138,5 @@ def stored_dtypes(model: ModelReference) -> dict[str, torch.dtype | str]:
 
     Of dtypes that models are not merged in, the name in the file.
     """
-    index = LoaderCache().get(model).index
-    found: dict[str, torch.dtype | str] = {}
-    for shard in sorted(set(index.tensor_paths.values())):
-        path = Path(index.base_path) / shard
-        try:
-            found |= _stored_in(path)
-        except Exception as error:
-            raise RpamError(f"{path} cannot be read: {first_line(error)}") from error
-    return found
-
-
-def _stored_in(shard: Path) -> dict[str, torch.dtype | str]:
-    if shard.suffix.lower() == ".safetensors":
-        with safe_open(shard, framework="pt") as file:
-            names = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-        return {name: FLOATS.get(dtype, dtype) for name, dtype in names.items()}
-    tensors = torch.load(
-        shard, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(shard)
-    )
-    return {name: tensor.dtype for name, tensor in tensors.items()}
+    tensors = read_header(model).tensors
+    return {name: FLOATS.get(t.dtype, t.dtype) for name, t in tensors.items()}
