@@ -230,6 +230,8 @@ def _forked(
 
 def _be(script, command: list[str], cwd: Path | None, files: list[Path]) -> None:
     """Be a console script in a forked process, with none of pytest's state."""
+    # PyTorch makes its threads anew after a fork; two threads at once must not try.
+    torch.set_num_threads(1)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
