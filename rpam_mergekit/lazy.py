@@ -25,6 +25,7 @@ from rpam_mergekit.fit import IN_OUTPUT
 from rpam_mergekit.hub import local_path
 from rpam_mergekit.inputs import merge_models, read_inputs
 from rpam_mergekit.record import RECORD, further, read_record
+from rpam_mergekit.reuse import ALGORITHM
 from rpam_mergekit.settings import RpamSettings, parse_settings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
@@ -84,6 +85,8 @@ def _changed_data(
         calibration = read_calibration(settings.calibration, patterns)
         if calibration.digest != (record["calibration"] or {}).get("digest"):
             yield f"the calibration file {settings.calibration}"
+        if record.get("algorithm") != ALGORITHM:
+            yield "the method (by another version of rpam-mergekit)"
         problem, known = settings.problem(), record["settings"]
         for name in sorted(problem.keys() | known.keys()):
             if problem.get(name) != known.get(name):

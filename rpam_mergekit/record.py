@@ -108,6 +108,7 @@ def record_of(
     return {
         "format": FORMAT,
         "method": "rpam",
+        "algorithm": made_from["algorithm"],
         "paper": PAPER,
         "versions": {
             "rpam_mergekit": file.metadata["version"],

@@ -388,6 +388,12 @@ def lose_record(_):
     Path("steps/first/rpam.json").unlink()
 
 
+def age_record(_):
+    path = Path("steps/first/rpam.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "algorithm": 0}))
+
+
 WEIGHT = [{"filter": "mlp", "value": 0.25}]
 CHANGES = {
     "data": (write_other_calibration, "the calibration file calibration.jsonl"),
@@ -397,6 +403,7 @@ CHANGES = {
     "dtype": (key("dtype", "bfloat16"), "dtype"),
     "out_dtype": (key("out_dtype", "bfloat16"), "out_dtype"),
     "template": (key("chat_template", "chatml"), "chat_template"),
+    "algorithm": (age_record, "the method (by another version of rpam-mergekit)"),
     "killed": (lose_record, "holds a model, but no rpam.json"),
 }
 

@@ -24,6 +24,7 @@ from rpam_mergekit import __version__
 from rpam_mergekit.coefficients import CoefficientsFile
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.record import RECORD, further
+from rpam_mergekit.reuse import ALGORITHM
 from rpam_mergekit.settings import parse_settings
 
 RECIPE = "rpam_recipe.yml"
@@ -82,6 +83,7 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
     assert record == {
         "format": 1,
         "method": "rpam",
+        "algorithm": ALGORITHM,
         "paper": "https://arxiv.org/abs/2601.03506",
         "models": [
             {
