@@ -24,6 +24,13 @@ from rpam_mergekit.checkpoint import SHAPE_FINDINGS, unreadable
 from rpam_mergekit.errors import RpamError, first_line
 
 VOCABULARY = ("embed", "wte", "lm_head", "output")
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 
 
@@ -151,18 +158,9 @@ def _in_file(path: Path) -> dict[str, Tensor]:
         path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path)
     )
     return {
-        name: Tensor(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
+        name: Tensor(tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
         for name, tensor in tensors.items()
     }
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 
 
 def _on_hub(model: ModelReference) -> Header:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter
 from mergekit.merge import _set_chat_template
 from mergekit.options import MergeOptions
@@ -28,9 +27,10 @@ from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.earlier import earlier_file
 from rpam_mergekit.errors import RpamError, collect, suggestion
 from rpam_mergekit.matching import taken_notes
+from rpam_mergekit.multimerge import not_passed_on
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration
 from rpam_mergekit.replayable import Replayable, replayable
-from rpam_mergekit.schema import Document, strings
+from rpam_mergekit.schema import Document
 
 
 @dataclass
@@ -60,11 +60,11 @@ def inspect(
         missing = [f for f in result.findings if f.startswith("merge_method:")]
         result.findings = [f for f in result.findings if f not in missing]
         result.findings.insert(0, wrong)
-    if others or document.name is not None:
-        result.findings += _of_multi(content)
     if document.config is None:
         _parameters_only(content, result)
         return result
+    if others or document.name is not None:
+        result.findings += not_passed_on(document.config)
     result.found = examine(document.config, options, others)
     result.findings += result.found.findings
     result.notes += result.found.notes
@@ -89,19 +89,6 @@ def method_finding(found: Any) -> str | None:
     if difflib.get_close_matches(text.lower(), [NAME], n=1):
         return f"merge_method: found '{text}'. Did you mean '{NAME}'?"
     return f"merge_method: found '{text}'.{suggestion(text, {*known, NAME})}"
-
-
-def _of_multi(content: Mapping[str, Any]) -> list[str]:
-    findings = []
-    for where, text in strings(content):
-        try:
-            ModelReference.model_validate(text)
-        except RuntimeError:
-            findings.append(
-                f"{where}: found '{text}'. mergekit-multi takes every text for a "
-                "model's name and stops where it has two + or two @. Rename the file."
-            )
-    return findings
 
 
 def _parameters_only(content: Mapping[str, Any], result: Inspection) -> None:

@@ -15,15 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from rpam_mergekit.checkpoint import digest_of_file, unreadable
 from rpam_mergekit.errors import RpamError, first_line, refuse
+from rpam_mergekit.fit import IN_OUTPUT
 from rpam_mergekit.hub import local_path
+from rpam_mergekit.record import RECORD
 
-COEFFICIENTS = "rpam/coefficients.safetensors"
-RECORD, CARD, RECIPE, CONFIG = (
-    "rpam.json",
-    "README.md",
-    "rpam.yml",
-    "mergekit_config.yml",
-)
+COEFFICIENTS = IN_OUTPUT.as_posix()
+CARD, RECIPE, CONFIG = "README.md", "rpam.yml", "mergekit_config.yml"
 
 
 def read_record(out: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def make_tasks(
     findings = []
     with reachable(merge_options):
         for name, config in ours.items():
-            found = list(_not_passed_on(config))
+            found = list(not_passed_on(config))
             found += found or examine(config, merge_options, outputs).findings
             findings += [_named(name, finding) for finding in found]
     refuse(findings)
@@ -168,7 +168,7 @@ def _records(task: Any) -> Iterator[Path]:
         yield from _records(earlier)
 
 
-def _not_passed_on(config: MergeConfiguration) -> Iterator[str]:
+def not_passed_on(config: MergeConfiguration) -> Iterator[str]:
     """Yield a finding for every model whose name mergekit-multi cannot pass on.
 
     It writes configs as text and reads them again.

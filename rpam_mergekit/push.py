@@ -11,24 +11,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.card import complete
-from rpam_mergekit.errors import RpamError, refuse
+from rpam_mergekit.errors import RpamError, collect, refuse
+from rpam_mergekit.export import RECIPE as STOCK_RECIPE
 from rpam_mergekit.hub import HubPath
 from rpam_mergekit.merge_folder import (
     CARD,
     COEFFICIENTS,
     CONFIG,
     RECIPE,
-    RECORD,
     find_coefficients,
     read_comparison,
     read_record,
     weight_files,
 )
 from rpam_mergekit.public_config import public_card, public_config, public_record
+from rpam_mergekit.record import RECORD
 
 # Besides the weights, what belongs to a model; all else in the folder is left out.
 OF_A_MODEL = (
@@ -50,7 +52,7 @@ OF_A_MODEL = (
     "NOTICE*",
     CONFIG,
     RECORD,
-    "rpam_recipe.yml",
+    STOCK_RECIPE,
 )
 UNFINISHED = ("*.lock", "*.log", "*.partial", "*.incomplete", "*.tmp", "*.unfinished")
 
@@ -102,12 +104,11 @@ def make_plan(request: Request, scratch: Path) -> Plan:
     findings: list[str] = []
     shards: set[str] = set()
     if request.weights:
-        shards = _collected(findings, weight_files, out) or set()
-    file = _collected(
-        findings, find_coefficients, out, plan.record, request.coefficients
-    )
-    table = _collected(findings, read_comparison, request.comparison)
-    recipe = _collected(findings, _recipe, request, plan)
+        shards = collect(findings, partial(weight_files, out)) or set()
+    find = partial(find_coefficients, out, plan.record, request.coefficients)
+    file = collect(findings, find)
+    table = collect(findings, partial(read_comparison, request.comparison))
+    recipe = collect(findings, partial(_recipe, request, plan))
     refuse(findings)
     text, models = recipe
     _choose(plan, request, shards)
@@ -145,14 +146,6 @@ def _made(
     plan.card = (before, after)
     made = {RECORD: json.dumps(record, indent=2) + "\n", CARD: after}
     return made if recipe is None else {**made, RECIPE: recipe}
-
-
-def _collected(findings: list[str], read: Any, *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except RpamError as error:
-        findings += error.findings
-        return None
 
 
 def _recipe(request: Request, plan: Plan) -> tuple[str | None, list[str]]:
@@ -237,7 +230,7 @@ def _leaks(plan: Plan) -> list[str]:
     texts = {
         name: path.read_text("utf-8", errors="replace")
         for name, path in plan.files.items()
-        if name in (CARD, CONFIG, RECIPE, RECORD, "rpam_recipe.yml")
+        if name in (CARD, CONFIG, RECIPE, RECORD, STOCK_RECIPE)
     }
     found = [name for name, text in texts.items() if home in text or ": /" in text]
     if not found:

@@ -17,8 +17,8 @@ from huggingface_hub import constants, errors
 
 from rpam_mergekit.errors import RpamError, first_line, refuse
 from rpam_mergekit.hub import LOG_IN
-from rpam_mergekit.merge_folder import RECORD
 from rpam_mergekit.push import Plan, Request
+from rpam_mergekit.record import RECORD
 
 WEIGHTS = ("model", "pytorch_model")
 NAMED = 8

@@ -16,14 +16,9 @@ from mergekit.common import ModelReference, dtype_from_name
 
 from rpam_mergekit.checkpoint import Layout, MergeModels
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.headers import read_header
+from rpam_mergekit.headers import DTYPES, read_header
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 WIDE = (torch.float32, torch.float64)  # what loading in them changes float32 does not
 AGAIN = (
     "Set dtype: float32 and out_dtype: {} in the config, and make the coefficients anew"

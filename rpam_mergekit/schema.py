@@ -237,7 +237,7 @@ def _refused(error: RuntimeError, content: Mapping[str, Any]) -> str:
         given = [key for key in ONE_OF if content.get(key)]
         found = " and ".join(given) if given else "none of them"
         return f"{', '.join(ONE_OF)}: found {found}, expected exactly one. {_EXAMPLE}"
-    for where, text in strings(content):
+    for where, text in _strings(content):
         if text and said.endswith(text):
             return f"{where}: found '{text}'. {said.removesuffix(text).rstrip(': ')}."
     return f"{said}."
@@ -246,16 +246,16 @@ def _refused(error: RuntimeError, content: Mapping[str, Any]) -> str:
 _EXAMPLE = "Write models: with the model that is not base_model."
 
 
-def strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+def _strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Yield the path and the value of all strings in a config."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from strings(inner, f"{where}.{key}".removeprefix("."))
+            yield from _strings(inner, f"{where}.{key}".removeprefix("."))
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from strings(inner, f"{where}[{number}]")
+            yield from _strings(inner, f"{where}[{number}]")
 
 
 def _shown(value: Any) -> str:

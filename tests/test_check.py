@@ -398,11 +398,19 @@ def test_names_that_two_configs_have(check, pair):
     found(check(several(one, one)), "name: 'one' is had by 2 configs")
 
 
-def test_texts_at_which_mergekit_multi_stops(check, own):
-    path = own / "a+b+c.jsonl"
+def test_names_of_models_that_mergekit_multi_cannot_pass_on(check, own):
+    (own / "short").rename(own / "sh ort")
+    models = [{"model": str(own / "sh ort")}]
+    config = {**merge_config(own, models=models), "name": "one"}
+    found(check(several(config)), "sh ort: mergekit-multi cannot pass on this name")
+
+
+def test_texts_that_are_no_models_may_hold_anything(check, own):
+    """mergekit-multi alone would take them for models, and end."""
+    path = own / "a+b+c@d@e.jsonl"
     (own / "calibration.jsonl").rename(path)
     config = {**merge_config(own, parameters={"calibration": str(path)}), "name": "one"}
-    found(check(several(config, config)), "parameters.calibration: found '", "two +")
+    assert "no problems found" in check(several(config)).stdout
 
 
 def test_no_config_of_rpam(check):
