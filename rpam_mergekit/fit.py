@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rpam_mergekit.reuse import (
     unfinished,
     write_solution,
 )
+from rpam_mergekit.routing_report import closing_text
 from rpam_mergekit.solved import (
     LayerReport,
     SolvedElsewhere,
@@ -111,15 +113,21 @@ def _solve(
     planned.say(f"rpam: {make_room(prepass, solved.folder)}")
     solution = prepass.run(solved)
     if first:
-        write_solution(path, solution, planned.models, fingerprint)
+        write_solution(path, solution, planned.models, planned.layout, fingerprint)
         planned.say(layer_table(solution.layers))
+        planned.say(
+            closing_text(
+                solution.operating_point.record(), [asdict(r) for r in solution.layers]
+            )
+        )
         solved.remove()
     planned.processes.tell(None)  # nobody leaves before the file is there
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:
     """Return one line per layer: divergence, gap before and after, coefficient."""
-    head = ["layer", "divergence", "gap before", "gap after", "mean coefficient", ""]
+    head = ["layer", "divergence", "gap before", "gap after", "mean coefficient"]
+    head += ["heaviest token", ""]
     rows = [
         [
             str(r.layer),
@@ -127,6 +135,7 @@ def layer_table(reports: Sequence[LayerReport]) -> str:
             f"{r.gap_before:.4f}",
             f"{r.gap_after:.4f}",
             f"{r.mean_coefficient:.4f}",
+            f"{r.heaviest_token:.0%}",
             "" if r.optimised else "not optimised",
         ]
         for r in reports
@@ -134,6 +143,7 @@ def layer_table(reports: Sequence[LayerReport]) -> str:
     lines = aligned([head, *rows])
     lines.append(
         "gap: squared distance to the expert each query should follow; 1 is the "
-        "distance of the other expert"
+        "distance of the other expert. heaviest token: what share of a query's "
+        "objective lies on one token"
     )
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
 from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.memory import knobs
 from rpam_mergekit.parallel import Processes
+from rpam_mergekit.probes import Measurement, Probes
 from rpam_mergekit.prompts import Batch
-from rpam_mergekit.recording import Recorder
+from rpam_mergekit.recording import Recorder, merged_outside
+from rpam_mergekit.routing import OperatingPoint
 from rpam_mergekit.settings import RpamSettings
 from rpam_mergekit.solved import (
     OUTSIDE,
@@ -43,7 +46,15 @@ from rpam_mergekit.solved import (
     LayerSolution,
     Solution,
 )
-from rpam_mergekit.streams import Stream, divergence, expert_distance, gap, objective
+from rpam_mergekit.streams import (
+    Stream,
+    divergence,
+    expert_distance,
+    gap,
+    heaviest_token,
+    objective,
+    weigh_layer,
+)
 
 
 class PrePass:
@@ -63,10 +74,15 @@ class PrePass:
         shelf: Shelf | None = None,
         processes: Processes | None = None,
         quiet: bool = False,
+        held_out: Sequence[Batch] = (),
+        of_solved: Sequence[Batch] = (),
+        end: int | None = None,
     ) -> None:
         """`dtype` and `out_dtype` are the config's; `fixed` maps entries to weights.
 
-        `shelf` is where activations lie, by default the device.
+        `shelf` is where activations lie, by default the device. `held_out` and
+        `of_solved` are measured, the latter being some of `batches`' queries; `end` is
+        the end token of their responses.
         """
         self.models = models
         self.layout = layout
@@ -80,6 +96,9 @@ class PrePass:
         self.quiet = quiet or self.processes.rank > 0
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.streams: list[Stream] = []
+        self.measured = {"held_out": list(held_out), "solved": list(of_solved)}
+        self.probes = Probes([], [])
+        self.end = end
 
     def run(self, solved: MutableMapping[int, LayerSolution] | None = None) -> Solution:
         """Return the solved coefficients of every tensor of the layout.
@@ -91,22 +110,17 @@ class PrePass:
         solution = Solution({} if solved is None else solved, len(self.layout.layers))
         with knobs(self.settings, self.shelf):
             self._run(solution)
-        return solution
+            return replace(solution, operating_point=self._operating_point())
 
     def _run(self, solution: Solution) -> None:
         done = self.processes.tell(set(solution.solved))
-        recorder = Recorder(
-            self.decoder,
-            self.experts,
-            self.batches,
-            self.settings,
-            self.shelf,
-            self.processes,
-        )
+        recorder = self._recorder(self.batches)
         chosen = self._most_divergent(recorder)
-        self.streams = self._entered(recorder)
+        self.streams = recorder.streams(self._outside())
+        probes = [batch for batches in self.measured.values() for batch in batches]
+        self.probes = Probes(self._recorder(probes).streams(self._outside()), probes)
         solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
-        solves = self.settings.epochs * len(self.batches)
+        solves = self.settings.steps_of(len(self.batches))
         with tqdm(
             total=solution.count * solves,
             desc="rpam pre-pass",
@@ -132,6 +146,12 @@ class PrePass:
         """The state of the random generator."""
         return self.generator.get_state().numpy().tobytes()
 
+    def _head(self, expert: int | None) -> Weights:
+        """Return the weights outside the layers of an expert; None: of the merge."""
+        if expert is None:
+            return merged_outside(self.experts, self._outside(), entering=False)
+        return float32(self.experts.outside(expert))
+
     def _outside(self) -> Entries:
         """Return the coefficients of what is outside the layers."""
         weight = self.settings.outside_weight / len(self.models.others)
@@ -142,8 +162,15 @@ class PrePass:
         ]
         return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
 
-    def _entered(self, recorder: Recorder) -> list[Stream]:
-        return recorder.streams(self._outside())
+    def _recorder(self, batches: Sequence[Batch]) -> Recorder:
+        return Recorder(
+            self.decoder,
+            self.experts,
+            batches,
+            self.settings,
+            self.shelf,
+            self.processes,
+        )
 
     def _most_divergent(self, recorder: Recorder) -> set[int]:
         """Return the layers to optimise: the share in which the experts differ most.
@@ -154,7 +181,7 @@ class PrePass:
         most = max(1, round(self.settings.layers * count))
         if most == count:
             return set(range(count))
-        self.streams = self._entered(recorder)
+        self.streams = recorder.streams(self._outside())
         divergences = []
         for index in tqdm(range(count), desc="divergence", disable=self.quiet):
             _, experts = self.experts.layer(index)
@@ -171,6 +198,7 @@ class PrePass:
         solved = self.by_model(solution.entries, relative)
         for stream, hidden in self._advanced(index, weights, solved):
             stream.merged = hidden
+        self._advance_probes(index, weights, solved, relative)
         state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
         self.generator.set_state(state)
 
@@ -196,6 +224,7 @@ class PrePass:
                 "finite numbers. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate}) or use coefficient_dtype: float32."
             )
+        self._advance_probes(index, weights, solved, relative)
         mean = torch.stack(
             [coefficient(parts).mean() for of in solved for parts in of.values()]
         )
@@ -206,6 +235,7 @@ class PrePass:
             float(mean.mean()),
             divergence(self.streams, self.processes),
             optimised,
+            heaviest_token(self.streams, self.processes),
         )
         entries = {
             self.models.entry(number, name): of[within]
@@ -261,10 +291,38 @@ class PrePass:
         """Send the experts' streams through a layer, one expert after the other."""
         for number, weights in enumerate(experts):
             weights = float32(weights)
-            for stream in self.streams:
+            for stream in (*self.streams, *self.probes.streams):
                 stream.experts[number] = self.decoder.replay(
                     index, weights, stream.experts[number], stream.calls[index]
                 )
+        weigh_layer(self.streams, self.settings.token_scale, self.processes)
+
+    def _advance_probes(
+        self,
+        index: int,
+        weights: Merging,
+        solved: Sequence[Mapping[str, Weights]],
+        relative: Mapping[str, str],
+    ) -> None:
+        """Send the probes through a solved layer, at every scale."""
+        fixed = [
+            frozenset(
+                within
+                for name, within in relative.items()
+                if self.models.entry(number, name) in self.fixed
+            )
+            for number in range(len(solved))
+        ]
+        self.probes.advance(self.decoder, index, weights, solved, fixed)
+
+    def _operating_point(self) -> OperatingPoint:
+        """Return the scale of the coefficients, and how the merge routes there."""
+        if not self.probes.streams:
+            return OperatingPoint()
+        measurement = Measurement(
+            self.decoder, self.probes, self._head, self.end, self.processes
+        )
+        return measurement.operating_point(len(self.measured["held_out"]))
 
     @torch.no_grad()
     def _advanced(
@@ -328,7 +386,7 @@ class PrePass:
             return loss
 
         arguments: dict[str, Any] = {
-            "epochs": self.settings.epochs,
+            "steps": self.settings.steps_of(len(self.streams)),
             "step": progress.update,
             "total": self.processes.sum,
         }

@@ -14,6 +14,7 @@ import torch
 
 from rpam_mergekit.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.responses import Markers
 from rpam_mergekit.settings import RpamSettings
 
 PADDING = 0.25  # of a batch, at most
@@ -21,11 +22,35 @@ PADDING = 0.25  # of a batch, at most
 
 @dataclass(frozen=True)
 class EncodedQuery:
-    """Token ids of one query: `prompt_tokens` of prompt, then the response."""
+    """Token ids of one query: `prompt_tokens` of prompt, then the response.
+
+    closing: where in `ids` the closing tag of the thinking begins, if there is one.
+    ended: whether the response is whole, so that the end token would follow.
+    """
 
     ids: tuple[int, ...]
     prompt_tokens: int
     pattern: str
+    closing: int | None = None
+    ended: bool = False
+
+    @property
+    def responds(self) -> bool:
+        """Whether there is a response."""
+        return len(self.ids) > self.prompt_tokens
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """The positions from which the response's decisions are predicted.
+
+        Its first token, the closing of its thinking, and its end.
+        """
+        found = {self.prompt_tokens - 1}
+        if self.closing is not None:
+            found.add(self.closing - 1)
+        if self.ended:
+            found.add(len(self.ids) - 1)
+        return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -35,13 +60,20 @@ class Batch:
     input_ids, attention_mask: int64 (queries, tokens); the mask is 1 on real tokens.
     deciding: bool (queries, tokens), the tokens from which the response is predicted:
         the last of the prompt and those of the response.
-    patterns: one per query.
+    decisions: bool (queries, tokens), see `EncodedQuery.decisions`.
+    patterns: one per query. queries: as they were encoded, in the order of the rows.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     deciding: torch.Tensor
-    patterns: tuple[str, ...]
+    decisions: torch.Tensor
+    queries: tuple[EncodedQuery, ...]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The pattern of every query."""
+        return tuple(query.pattern for query in self.queries)
 
 
 def encode_calibration(
@@ -94,20 +126,32 @@ def encode_calibration(
                 f"queries_per_pattern ({settings.queries_per_pattern}): all are used"
             )
     encoded, cut = [], 0
+    markers = Markers()
     for i in draw_queries(
         calibration, usable, settings.queries_per_pattern, settings.seed
     ):
         query = calibration.queries[i]
         ids = prompts[i]
         response: list[int] = []
+        closing = None
         if settings.tokens == "prompt+response" and query.response is not None:
-            response = tokenizer(query.response, add_special_tokens=False)["input_ids"]
+            response, closing = encode_response(query.response, tokenizer, markers)
             where = f"{calibration.path}:{calibration.lines[i]}"
             if beyond := _beyond(response, tokenizer, vocabulary, where):
                 raise RpamError(*beyond)
         room = settings.max_tokens - len(ids)
         cut += len(response) > room
-        encoded.append(EncodedQuery((*ids, *response[:room]), len(ids), query.pattern))
+        encoded.append(
+            EncodedQuery(
+                (*ids, *response[:room]),
+                len(ids),
+                query.pattern,
+                closing=len(ids) + closing
+                if closing is not None and closing < room
+                else None,
+                ended=0 < len(response) <= room,
+            )
+        )
     if cut:
         notes.append(
             f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
@@ -122,13 +166,33 @@ def encode_calibration(
     return encoded, notes
 
 
+def encode_response(
+    response: str, tokenizer, markers: Markers
+) -> tuple[list[int], int | None]:
+    """Return a response's token ids, and which of them begins its closing tag.
+
+    None where it closes nothing.
+    """
+    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    start = response.find(markers.close)
+    if start < 0:
+        return ids, None
+    before = tokenizer(response[:start], add_special_tokens=False)["input_ids"]
+    # A tokenizer may join the tag's first characters with what stands before them.
+    return ids, min(len(before), len(ids) - 1)
+
+
 def make_batches(
-    queries: Sequence[EncodedQuery], batch_size: int, pad_id: int
+    queries: Sequence[EncodedQuery], settings: RpamSettings, pad_id: int = 0
 ) -> list[Batch]:
     """Return the queries in batches of similar length, longest last.
 
-    A batch has fewer than `batch_size` queries where more would be mostly padding.
+    A batch has at most `settings.batch_tokens` tokens with its padding (but one query
+    at least), at most `settings.batch_size` queries, and fewer where more would be
+    mostly padding.
     """
+    most_tokens = settings.batch_tokens or float("inf")
+    most_queries = settings.batch_size or float("inf")
     batches: list[list[EncodedQuery]] = []
     tokens = 0
     for query in sorted(queries, key=lambda query: len(query.ids)):
@@ -136,7 +200,8 @@ def make_batches(
         tokens += longest
         if (
             not batches
-            or len(batches[-1]) == batch_size
+            or len(batches[-1]) >= most_queries
+            or longest * (len(batches[-1]) + 1) > most_tokens
             or tokens < (1 - PADDING) * longest * (len(batches[-1]) + 1)
         ):
             batches.append([])
@@ -150,16 +215,13 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     input_ids = torch.full((len(queries), longest), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     deciding = torch.zeros_like(input_ids, dtype=torch.bool)
+    decisions = torch.zeros_like(deciding)
     for row, query in enumerate(queries):
         input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
         attention_mask[row, : len(query.ids)] = 1
         deciding[row, query.prompt_tokens - 1 : len(query.ids)] = True
-    return Batch(
-        input_ids,
-        attention_mask,
-        deciding,
-        tuple(query.pattern for query in queries),
-    )
+        decisions[row, list(query.decisions)] = True
+    return Batch(input_ids, attention_mask, deciding, decisions, tuple(queries))
 
 
 def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
