@@ -40,6 +40,20 @@ def with_decisions(
     return torch.where(has, (1 - share) * weights + share * each, weights)
 
 
+def opening_loss(
+    logits: torch.Tensor, token: int, opens: torch.Tensor
+) -> torch.Tensor:
+    """Return every query's cross-entropy of whether its thinking is opened.
+
+    logits: (queries, vocabulary), where the response begins. token: that opens
+    thinking. opens: bool (queries,), whether the response is to begin with it.
+    """
+    others = logits.clone()
+    others[:, token] = float("-inf")
+    odds = logits[:, token] - others.logsumexp(dim=1)
+    return torch.nn.functional.softplus(torch.where(opens, -odds, odds))
+
+
 CAP = 4.0  # times the usual squared length: twice as long
 
 

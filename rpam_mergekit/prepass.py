@@ -33,9 +33,11 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
 from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.memory import knobs
+from rpam_mergekit.objective import opening_loss
+from rpam_mergekit.opening import opening_probability, opening_queries
 from rpam_mergekit.parallel import Processes
-from rpam_mergekit.probes import Measurement, Probes
-from rpam_mergekit.prompts import Batch
+from rpam_mergekit.probes import Measurement, Probes, opening_token
+from rpam_mergekit.prompts import Batch, make_batches
 from rpam_mergekit.recording import Recorder, merged_outside
 from rpam_mergekit.routing import OperatingPoint
 from rpam_mergekit.settings import RpamSettings
@@ -363,6 +365,8 @@ class PrePass:
         origin = {n: self._cast(value) for n, value in weights.base.items()}
         vectors = {n: [self._cast(v) for v in of] for n, of in weights.vectors.items()}
 
+        opening = self._opening_of(index)
+
         def batch_loss(number: int) -> torch.Tensor:
             stream = self.streams[number]
             merged = origin | {
@@ -379,6 +383,8 @@ class PrePass:
             loss = objective(
                 stream, hidden, scale, len(self.streams), self.settings, self.processes
             )
+            if opening is not None:
+                loss = loss + self._opening_term(stream, hidden, *opening)
             if self.settings.regularization:
                 penalties = torch.stack([c.penalty() for c in coefficients])
                 penalty = penalties.mean() / self.processes.count
@@ -410,6 +416,41 @@ class PrePass:
                 f"layer {index}: {error}. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate})."
             ) from None
+
+    def _opening_of(self, index: int) -> tuple[int, Weights] | None:
+        """Return the opening's token and the head, where its term belongs; else None.
+
+        Only the last layer's output is what final norm and head are made for.
+        """
+        if not self.settings.opening_weight or index + 1 < len(self.layout.layers):
+            return None
+        token = opening_token([q for batch in self.batches for q in batch.queries])
+        return None if token is None else (token, self._head(None))
+
+    def _opening_term(
+        self, stream: Stream, hidden: torch.Tensor, token: int, head: Weights
+    ) -> torch.Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits = self.decoder.logits(head, hidden[rows, stream.prompt_ends].float())
+        of_query = opening_loss(logits, token, stream.opens)
+        weighed = (of_query * stream.shares.sum(dim=1)).sum() * len(self.streams)
+        return self.settings.opening_weight * weighed
+
+    def opening_probability(self) -> float | None:
+        """Return how likely the model that thinks opens its thinking by itself.
+
+        See `opening`; None where no response opens it, or no pattern is `long`.
+        """
+        queries = [query for batch in self.batches for query in batch.queries]
+        thinking = opening_queries(queries)
+        if not thinking or "long" not in self.models.patterns:
+            return None
+        return opening_probability(
+            self.experts,
+            self.models.patterns.index("long"),
+            make_batches(thinking, self.settings),
+            self.quiet,
+        )
 
     def _cast(self, value: torch.Tensor) -> torch.Tensor:
         """Return a weight in the dtype of the solver; whole numbers as they are."""

@@ -71,19 +71,12 @@ class Probes:
 
 
 def opening_token(queries: Sequence[EncodedQuery]) -> int | None:
-    """Return the token with which the responses that think begin; None if there is none.
+    """Return the token with which thinking is opened; None where no response opens it.
 
-    The most common first token of the responses of the pattern `long` that close their
-    thinking, if nearly all of them begin with it and no other does.
+    The most common one, where there are several.
     """
-    thinking = [q.ids[q.prompt_tokens] for q in queries if q.closing and q.responds]
-    if not thinking:
-        return None
-    token, count = Counter(thinking).most_common(1)[0]
-    others = [q for q in queries if q.responds and not q.closing]
-    at_once = sum(q.ids[q.prompt_tokens] == token for q in others)
-    plain = count >= 0.9 * len(thinking) and at_once <= 0.1 * len(others)
-    return token if plain else None
+    tokens = Counter(query.ids[query.prompt_tokens] for query in queries if query.opening)
+    return tokens.most_common(1)[0][0] if tokens else None
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,6 @@ class Head:
             place = len(likeliest)
             likeliest.append(token)
             expert = token if experts is None else experts[place]
-            opens = opening is not None and query.ids[query.prompt_tokens] == opening
             figures.append(
                 QueryFigures(
                     pattern=query.pattern,
@@ -139,7 +131,7 @@ class Head:
                     opening=float(odds[0]) if opening is not None else None,
                     routed=token == expert
                     if opening is None
-                    else (token == opening) == opens,
+                    else (token == opening) == bool(query.opening),
                 )
             )
         return figures, likeliest

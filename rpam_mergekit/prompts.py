@@ -24,6 +24,7 @@ PADDING = 0.25  # of a batch, at most
 class EncodedQuery:
     """Token ids of one query: `prompt_tokens` of prompt, then the response.
 
+    opening: how many tokens of the response open its thinking; 0 if it answers at once.
     closing: where in `ids` the closing tag of the thinking begins, if there is one.
     ended: whether the response is whole, so that the end token would follow.
     """
@@ -31,6 +32,7 @@ class EncodedQuery:
     ids: tuple[int, ...]
     prompt_tokens: int
     pattern: str
+    opening: int = 0
     closing: int | None = None
     ended: bool = False
 
@@ -133,9 +135,11 @@ def encode_calibration(
         query = calibration.queries[i]
         ids = prompts[i]
         response: list[int] = []
-        closing = None
+        opening, closing = 0, None
         if settings.tokens == "prompt+response" and query.response is not None:
-            response, closing = encode_response(query.response, tokenizer, markers)
+            response, opening, closing = encode_response(
+                query.response, tokenizer, markers
+            )
             where = f"{calibration.path}:{calibration.lines[i]}"
             if beyond := _beyond(response, tokenizer, vocabulary, where):
                 raise RpamError(*beyond)
@@ -146,6 +150,7 @@ def encode_calibration(
                 (*ids, *response[:room]),
                 len(ids),
                 query.pattern,
+                opening=min(opening, max(room, 0)),
                 closing=len(ids) + closing
                 if closing is not None and closing < room
                 else None,
@@ -168,18 +173,24 @@ def encode_calibration(
 
 def encode_response(
     response: str, tokenizer, markers: Markers
-) -> tuple[list[int], int | None]:
-    """Return a response's token ids, and which of them begins its closing tag.
+) -> tuple[list[int], int, int | None]:
+    """Return a response's token ids, how many open its thinking, and where it closes.
 
-    None where it closes nothing.
+    0 where it does not begin by opening it; None where it closes nothing.
     """
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = encoded(response)
+    opens = response.lstrip().startswith(markers.open)
+    opening = len(encoded(response.partition(markers.open)[0] + markers.open))
     start = response.find(markers.close)
     if start < 0:
-        return ids, None
-    before = tokenizer(response[:start], add_special_tokens=False)["input_ids"]
+        return ids, opening if opens else 0, None
     # A tokenizer may join the tag's first characters with what stands before them.
-    return ids, min(len(before), len(ids) - 1)
+    closing = min(len(encoded(response[:start])), len(ids) - 1)
+    return ids, opening if opens else 0, closing
 
 
 def make_batches(

@@ -84,7 +84,9 @@ class Recorder:
         rows = self._rows(batch)
         weight = float(mine.start < mine.stop)
         of_tokens, shares = (weight * w[rows] for w in self.weighed[number])
-        decisions = batch.decisions[rows]
+        queries = batch.queries[rows]
+        ends = torch.tensor([query.prompt_tokens - 1 for query in queries])
+        opens = torch.tensor([query.opening > 0 for query in queries])
         patterns = self.experts.models.patterns
         positive = [patterns.index(pattern) for pattern in batch.patterns[rows]]
         device = self.decoder.device
@@ -96,7 +98,9 @@ class Recorder:
             patterns=torch.tensor(positive, device=device),
             token_weights=of_tokens.to(device),
             shares=shares.to(device),
-            decisions=decisions.to(device),
+            decisions=batch.decisions[rows].to(device),
+            prompt_ends=ends.to(device),
+            opens=opens.to(device),
             queries=len(batch.patterns),
             shelf=self.shelf,
         )

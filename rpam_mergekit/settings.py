@@ -205,6 +205,12 @@ class RpamSettings(BaseModel):
         "host memory, or in files beside the coefficients; `auto` is the first with "
         "room. The result is the same.",
     )
+    opening_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of a further term in the last layer: the cross-entropy of "
+        "whether thinking is opened, through final norm and head.",
+    )
     held_out: float = Field(
         0.1,
         ge=0,

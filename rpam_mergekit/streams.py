@@ -44,6 +44,8 @@ class Stream:
         its length and all batches' sum to 1.
     weights: `shares`, by what a token's distance counts in this layer (`weigh_layer`).
     decisions: bool (queries, tokens), see `prompts.EncodedQuery.decisions`.
+    prompt_ends: int64 (queries,), the prompts' last tokens. opens: bool (queries,),
+        whether the response begins by opening its thinking.
     queries: of the whole batch, all processes' together.
     """
 
@@ -60,6 +62,8 @@ class Stream:
         token_weights: torch.Tensor,
         shares: torch.Tensor,
         decisions: torch.Tensor | None = None,
+        prompt_ends: torch.Tensor | None = None,
+        opens: torch.Tensor | None = None,
         queries: int | None = None,
         shelf: Shelf | None = None,
     ) -> None:
@@ -72,6 +76,9 @@ class Stream:
         self.token_weights = token_weights
         self.shares = self.weights = shares
         self.decisions = torch.zeros_like(counted) if decisions is None else decisions
+        none = torch.zeros_like(patterns)
+        self.prompt_ends = none if prompt_ends is None else prompt_ends
+        self.opens = none.bool() if opens is None else opens
         self.queries = len(counted) if queries is None else queries
 
     @property
