@@ -155,10 +155,9 @@ def _advice(settings: RpamSettings, shelf: Shelf) -> str:
         tries.append("parameters.activations: host")
     elif shelf.place != "disk":
         tries.append("parameters.activations: disk")
-    if settings.batch_tokens is None or settings.batch_tokens > 1:
-        half = (settings.batch_tokens or 2 * settings.max_tokens) // 2
-        now = settings.batch_tokens or "without a limit"
-        tries.append(f"parameters.batch_tokens: {half} (now {now})")
+    if settings.batch_tokens != 1:
+        half = (settings.batch_tokens or settings.max_tokens) // 2
+        tries.append(f"parameters.batch_tokens: {half} (now {settings.batch_tokens})")
     tries.append(
         f"parameters.max_tokens: {max(settings.max_tokens // 2, 1)} "
         f"(now {settings.max_tokens})"

@@ -41,7 +41,7 @@ _PAPER: dict[str, Any] = {
     "regularization": 0.0,
     "learning_rate": 0.01,
     "epochs": 50,
-    "batch_tokens": None,
+    "batch_tokens": 0,
     "batch_size": 16,
     "queries_per_pattern": 64,
     "held_out": 0.0,
@@ -170,11 +170,11 @@ class RpamSettings(BaseModel):
         description="A layer is left early when two epochs running lower the objective "
         "by less than this share (Adam); 0 never leaves early.",
     )
-    batch_tokens: int | None = Field(
+    batch_tokens: int = Field(
         256,
-        ge=1,
+        ge=0,
         description="Tokens per batch, padding included; a batch has one query at "
-        "least.",
+        "least. 0 is no limit.",
     )
     batch_size: int | None = Field(
         None, ge=1, description="Queries per batch, at most."
