@@ -204,8 +204,9 @@ class Decoder:
         must have been recorded before.
         """
         weights = self._outside_by_module(outside, tracked=False)
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        given = [id(own[name]) for name in weights if name in own]
+        for tied, source in self.model.all_tied_weights_keys.items():
+            if tied not in weights and source in weights:
+                weights[tied] = weights[source]
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
         arguments = {
             "input_ids": tokens,
@@ -214,12 +215,7 @@ class Decoder:
         }
         with Standing(self.layers, hidden[None], self._leftovers):
             output = functional_call(
-                self.model,
-                weights,
-                (),
-                arguments,
-                # A head that is tied in the config, but was given of its own.
-                tie_weights=len(given) == len(set(given)),
+                self.model, weights, (), arguments, tie_weights=False
             )
         return output.logits[0].float()
 
