@@ -12,9 +12,10 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, qwen2_config
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.schema import check_keys
@@ -83,7 +84,7 @@ def test_splits_do_not_overlap_and_are_drawn_in_the_mix():
     assert not texts["train"] & texts["test"]
     assert not texts["validation"] & texts["test"]
     assert Counter(p.difficulty for p in found["test"]) == {
-        1: 60, 2: 60, 3: 30, 4: 30, 5: 30, 6: 30
+        1: 120, 2: 24, 3: 24, 4: 24, 5: 24, 6: 24
     }  # fmt: skip
 
 
@@ -109,10 +110,6 @@ def test_examples_share_one_row_and_see_themselves_only():
 
 
 def test_packed_examples_have_the_logits_of_one_row_each(tokenizer):
-    from conftest import qwen2_config
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(qwen2_config(tokenizer)).eval()
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -143,17 +140,27 @@ def test_grading(text, ended, right, thinks, closed):
     assert found.source == {"steps": 2}
 
 
+def test_problems_in_a_batch_are_answered_as_alone(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    config = qwen2_config(tokenizer, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    asked = [words.Problem(query, TWO.steps) for query in ("7+5=", "1+2*3-4=", "7-1=")]
+    together = respond.respond(model, tokenizer, asked)
+    monkeypatch.setattr(respond, "BATCH", 1)
+    alone = respond.respond(model, tokenizer, asked)
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert len({one.text for one in together}) == 3
+
+
 def test_responses_are_kept_as_long_as_the_key_is_the_same(tmp_path):
-    path, asked = tmp_path / "cache" / "long.json", []
+    path = tmp_path / "cache" / "long.json"
+    answers = iter(["6", "7", "8"])
 
     def make():
-        asked.append(1)
-        return [respond.Response("6", 2, True, 1.5)]
+        return [respond.Response(next(answers), 2, True, 1.5)]
 
-    for key in ("a", "a", "b"):
-        assert respond.kept(path, key, make) == make.__call__()
-        asked.pop()
-    assert len(asked) == 2
+    asked = [respond.kept(path, key, make)[0].text for key in ("a", "a", "b", "b")]
+    assert asked == ["6", "6", "7", "7"]
 
 
 def test_the_area_counts_pairs():
@@ -205,7 +212,7 @@ def test_the_calibration_file_has_both_patterns_and_leaks_no_held_out_query():
     queries = read_calibration(SMOLLM2 / "calibration.jsonl").queries
     assert all(words.split(query.prompt) == "train" for query in queries)
     patterns = Counter(query.pattern for query in queries)
-    assert min(patterns["long"], patterns["short"]) >= 120
+    assert min(patterns["long"], patterns["short"]) >= 100
     for query in queries:
         assert ("<think>" in query.response) is (query.pattern == "long")
 
@@ -226,7 +233,6 @@ def test_no_file_names_a_place_outside_the_project():
 @needs_base
 def test_training_data_is_what_the_template_and_the_tokenizer_make_of_it():
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2 / "base")
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     drawn = words.problems(12, "train", 0)
     for pattern, respond_as in train.RESPONSES.items():
         for one in drawn:

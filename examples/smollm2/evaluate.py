@@ -35,7 +35,7 @@ from rpam_mergekit.tables import aligned
 HERE = Path(__file__).parent
 # Finer where the responses turn from long to short.
 WEIGHTS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
-EASY, HARD = (1, 2), (4, 5, 6)  # steps
+EASY, HARD = (1,), (4, 5, 6)  # steps
 Make = Callable[[], torch.nn.Module]
 
 
@@ -151,8 +151,7 @@ def opening_table(bench: Bench, answered: Sequence[Answered]) -> list[str]:
         means = [f"{fmean(odds):.1f}" for odds in by.values()]
         low, high = ([o for s in group for o in by[s]] for group in (EASY, HARD))
         rows.append([one.name, *means, f"{area(low, high):.2f}"])
-    easy, hard = ("-".join((str(g[0]), str(g[-1]))) for g in (EASY, HARD))
-    return [*aligned(rows), f"area: under the curve between {hard} and {easy} steps"]
+    return [*aligned(rows), "area: under the curve between 4 to 6 steps and 1"]
 
 
 def area(low: Sequence[float], high: Sequence[float]) -> float:

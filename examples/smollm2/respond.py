@@ -68,10 +68,10 @@ def respond(model, tokenizer, problems: Sequence[Problem]) -> list[Response]:
         prompt = tokenizer.apply_chat_template(
             chats,
             add_generation_prompt=True,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
             return_dict=True,
+            padding=True,
+            return_tensors="pt",
+            tokenizer_kwargs={"padding_side": "left"},  # responses start together
         )
         opening = Opening(tokenizer)
         output = model.generate(
@@ -103,7 +103,7 @@ def grade(problem: Problem, response: Response) -> QueryFigures:
     return QueryFigures(
         accuracy=float(right and found.state in (NONE, CLOSED)),
         tokens=float(response.tokens),
-        thinking=float(found.state != NONE),
+        thinking=float(found.thinks),
         closed=float(found.state == CLOSED),
         cut_off=float(not response.ended),
         counts=(response.tokens,),
