@@ -10,6 +10,10 @@ from rpam_mergekit.tables import aligned
 
 HEAVY = 0.5  # of a query's objective on one token, from which it is said
 CLOSES = 0.1  # nats by which the closing tag may be less likely than Long's
+NOTE = (
+    "routed: share of queries whose most likely first token is the right expert's; in "
+    "brackets: the log-likelihood by that expert itself"
+)
 NOT_MEASURED = (
     "whether the merge routes was not measured: no calibration query was held out "
     "(parameters.held_out; it takes 64 queries of every pattern with responses)"
@@ -73,11 +77,11 @@ def warnings(point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> l
     return found
 
 
-def table(point: Mapping[str, Any]) -> str:
-    """Return the routing by pattern, held out and solved on, as aligned text."""
+def table(point: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and rows of the routing by pattern, held out and solved on."""
     head = ["queries", "pattern", "count", "routed", "log-likelihood of: first token"]
     head += ["closing tag", "end", "a token"]
-    rows = [head]
+    rows: list[list[str]] = []
     for which, name in (("held_out", "held out"), ("solved", "solved on")):
         for pattern, figures in ((point.get(which) or {}).get("patterns") or {}).items():
             rows.append(
@@ -92,23 +96,25 @@ def table(point: Mapping[str, Any]) -> str:
                     ),
                 ]
             )
-    return "\n".join(aligned(rows))
+    return head, rows
 
 
 def closing_text(point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
     """Return all that is said of an operating point when the pre-pass ends."""
     lines = []
     if point.get("held_out"):
-        area = point["held_out"].get("area")
-        order = "" if area is None else f"; area under the curve {area:.2f}"
-        lines += [
-            table(point),
-            "beside it in brackets: of the expert that each query should follow",
-            f"operating point: coefficients times {point['scale']:g}{order}",
-        ]
+        head, rows = table(point)
+        lines += [*aligned([head, *rows]), NOTE, operating_point(point)]
     lines.append(summary(point))
     lines += [f"warning: {text}" for text in warnings(point, layers)]
     return "\n".join(lines)
+
+
+def operating_point(point: Mapping[str, Any]) -> str:
+    """Return the scale and how well the queries are told apart, in one line."""
+    area = (point.get("held_out") or {}).get("area")
+    order = "" if area is None else f"; area under the curve {area:.2f}"
+    return f"operating point: solved coefficients times {point['scale']:g}{order}"
 
 
 def _routed(found: Mapping[str, Any]) -> tuple[int, float]:
