@@ -128,6 +128,7 @@ class Planned:
             tokenizer,
             self.base_config.get_text_config().vocab_size,
             self.request.settings,
+            self.request.template.thinking,
         )
         for note in notes:
             self.say(f"rpam: {note}")

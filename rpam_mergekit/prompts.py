@@ -15,6 +15,7 @@ import torch
 from rpam_mergekit.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.thinking import ThinkingMode, thinking_of
 
 PADDING = 0.25  # of a batch, at most
 
@@ -45,24 +46,32 @@ class Batch:
 
 
 def encode_calibration(
-    calibration: CalibrationSet, tokenizer, vocabulary: int, settings: RpamSettings
+    calibration: CalibrationSet,
+    tokenizer,
+    vocabulary: int,
+    settings: RpamSettings,
+    thinking: ThinkingMode | None = None,
 ) -> tuple[list[EncodedQuery], list[str]]:
     """Return the drawn queries as token ids, and notes on what was left out or cut.
 
-    `vocabulary` is the number of rows of the embedding. Raises `RpamError` for ids
-    beyond it, conversations that the chat template refuses, and a pattern of which
-    no query fits `max_tokens`.
+    `vocabulary` is the number of rows of the embedding; `thinking` says who opens the
+    thinking, by default as the tokenizer's own template has it. Raises `RpamError` for
+    ids beyond the vocabulary, conversations that the chat template refuses, and a
+    pattern of which no query fits `max_tokens`.
     """
     notes = []
     if getattr(tokenizer, "chat_template", None) is None:
         notes.append(
             "the tokenizer has no chat template: prompts are used as plain text"
         )
+    if thinking is None:
+        template = getattr(tokenizer, "chat_template", None)
+        thinking = thinking_of(tokenizer, template, calibration.queries, settings)
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
         try:
-            ids = prompt_ids(query.conversation, tokenizer)
+            ids = prompt_ids(query.conversation, tokenizer, thinking)
         except Exception as error:
             findings.append(f"{where}: the chat template refuses this query: {error}")
             ids = []
@@ -101,7 +110,8 @@ def encode_calibration(
         ids = prompts[i]
         response: list[int] = []
         if settings.tokens == "prompt+response" and query.response is not None:
-            response = tokenizer(query.response, add_special_tokens=False)["input_ids"]
+            text = thinking.response(query.response, query.pattern)
+            response = response_ids(text, tokenizer, thinking)
             where = f"{calibration.path}:{calibration.lines[i]}"
             if beyond := _beyond(response, tokenizer, vocabulary, where):
                 raise RpamError(*beyond)
@@ -174,14 +184,35 @@ def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
     )
 
 
-def prompt_ids(conversation: Sequence[Mapping[str, str]], tokenizer) -> list[int]:
-    """Return the token ids of `prompt_text`.
+def prompt_ids(
+    conversation: Sequence[Mapping[str, str]],
+    tokenizer,
+    thinking: ThinkingMode | None = None,
+) -> list[int]:
+    """Return the token ids of `prompt_text`, up to where `thinking` lets it go.
 
     A template writes its own special tokens; plain text gets the tokenizer's.
     """
     text = prompt_text(conversation, tokenizer)
+    if thinking is not None:
+        text = thinking.prompt(text)
     plain = getattr(tokenizer, "chat_template", None) is None
     return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
+
+
+def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
+    """Return the token ids of a response.
+
+    Its opening is encoded by itself, as it was when Long wrote what follows: a line
+    break at its end never was part of a longer token.
+    """
+    head = thinking.begins if thinking.takes_out else ""
+    if head != head.rstrip() and text.startswith(head):
+        parts = [head, text.removeprefix(head)]
+    else:
+        parts = [text]
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    return [token for ids in encoded for token in ids]
 
 
 def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:

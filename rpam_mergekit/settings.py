@@ -12,12 +12,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.openings import KNOWN
+from rpam_mergekit.responses import Markers
 
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
 # Parameters that do not change what is solved, or are spelt out by others.
 NOT_OF_THE_PROBLEM = {"calibration", "coefficients", "preset", "activations"}
 
+# What files say nothing of that were solved before these settings were there.
+BEFORE_THINKING = {"thinking": "template", "think_open": None, "think_close": None}
+NO_BRACKETS = "none"  # of think_open: Long thinks without
 # What a preset changes; a parameter that the config names itself stays as named.
 # arXiv 2601.03506: prompts only, summed squared error, omega against that sum, one
 # coefficient per weight element from 0.5, embeddings and head at 0.5.
@@ -77,6 +82,23 @@ class RpamSettings(BaseModel):
     )
     tokens: Literal["prompt", "prompt+response"] = Field(
         "prompt+response", description="Tokens whose hidden states are aligned."
+    )
+    thinking: Literal["model", "template"] = Field(
+        "model",
+        description="Who opens the thinking where the chat template ends its prompts "
+        "in an opened block: `model` takes that opening out of the calibration "
+        "prompts and of the output's template, so that the merged model decides; "
+        "`template` keeps it: every response thinks.",
+    )
+    think_open: str | None = Field(
+        None,
+        min_length=1,
+        description="Text that opens Long's thinking, if not recognised from template "
+        "and responses (`<think>`, `[THINK]`, `<|channel|>analysis<|message|>` and "
+        "others are); `none`: it thinks without brackets.",
+    )
+    think_close: str | None = Field(
+        None, min_length=1, description="Text that closes what `think_open` opens."
     )
     prompt_weight: float = Field(
         0.1,
@@ -173,6 +195,18 @@ class RpamSettings(BaseModel):
         """Return the settings on which the coefficients depend."""
         return self.model_dump(exclude=NOT_OF_THE_PROBLEM)
 
+    def markers(self) -> Markers | None:
+        """Return the brackets that the settings name, None where they name none.
+
+        One of a known pair names both.
+        """
+        one, other = self.think_open, self.think_close
+        if one == NO_BRACKETS or one is other is None:
+            return None
+        if one is not None and other is not None:
+            return Markers(one, other)
+        return next((m for m in KNOWN if one == m.open or other == m.close), None)
+
 
 def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
     """Return the settings that a config's top-level `parameters` describe.
@@ -208,9 +242,27 @@ def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
             f"'{settings.granularity}'. Use solver adam, or granularity "
             f"{', '.join(SCALAR_GRANULARITIES)}."
         )
+    findings += _brackets(settings)
     if findings:
         raise RpamError(*findings)
     return settings
+
+
+def _brackets(settings: RpamSettings) -> list[str]:
+    """Return what is wrong with the brackets that the settings name."""
+    one, other = settings.think_open, settings.think_close
+    if one == NO_BRACKETS and other is not None:
+        return [
+            f"parameters.think_close: found {other!r}, but think_open is "
+            f"'{NO_BRACKETS}'. Name both brackets, or leave think_close out."
+        ]
+    if (one is None and other is None) or one == NO_BRACKETS or settings.markers():
+        return []
+    lacking, there = ("think_close", one) if other is None else ("think_open", other)
+    return [
+        f"parameters.{lacking}: missing. {there!r} is of no known pair of brackets: "
+        "name the text that opens the thinking and the one that closes it."
+    ]
 
 
 def _finding(error: Any) -> str:
