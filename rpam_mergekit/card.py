@@ -53,6 +53,7 @@ def complete(
             *_method(record, weights),
             *_table(["model", "reasoning pattern", ""], _models(record)),
             "",
+            *_thinking(record),
             *_settings(record),
             *_calibration(record),
             *_routing(record),
@@ -145,6 +146,42 @@ def linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name.partition('@')[0]})"
 
 
+def _thinking(record: Mapping[str, Any]) -> list[str]:
+    thinking = record.get("thinking")
+    if not thinking:
+        return []
+    opening, removed = thinking.get("opening"), thinking.get("removed_from_template")
+    if not opening:
+        return [
+            "The model decides whether it thinks: its chat template opens no thinking.",
+            "",
+        ]
+    ends = f"that of the base ends every prompt with {code(opening)}"
+    if thinking.get("mode") == "template":
+        return [
+            "Every response thinks, none is given at once: the chat template ends "
+            f"every prompt with {code(opening)}, and the merge was made for that "
+            "(`thinking: template`).",
+            "",
+        ]
+    if removed:
+        return [
+            "The model decides whether it thinks: the opening was taken out of its "
+            f"chat template, {ends}. Serve it with the template that is here.",
+            "",
+        ]
+    return [
+        "The model decides whether it thinks, if it is served with a chat template "
+        f"that opens no thinking; {ends}, and no template is here.",
+        "",
+    ]
+
+
+def code(text: str) -> str:
+    """Return a text as code of one line, its line breaks as escapes."""
+    return f"`{repr(text)[1:-1]}`"
+
+
 def _settings(record: Mapping[str, Any]) -> list[str]:
     settings = record.get("settings") or {}
     defaults = RpamSettings().problem()  # type: ignore[call-arg]
@@ -182,7 +219,9 @@ def _routing(record: Mapping[str, Any]) -> list[str]:
     scale = record.get("scale", point.get("scale"))
     if scale is not None and scale != 1:
         lines.append(f"The solved coefficients are multiplied by {scale:g}.")
-    lines += [f"Warning: {text}" for text in warnings(point, record.get("layers") or [])]
+    lines += [
+        f"Warning: {text}" for text in warnings(point, record.get("layers") or [])
+    ]
     if point.get("held_out"):
         head, rows = table(point)
         lines += ["", *_table(head, rows), "", f"{NOTE}."]

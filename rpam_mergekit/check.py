@@ -19,7 +19,9 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.calibration import CalibrationSet, read_calibration
 from rpam_mergekit.checkpoint import Layout, MergeModels
-from rpam_mergekit.errors import collect, first_line, refuse
+from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.errors import RpamError, collect, first_line, refuse
+from rpam_mergekit.hub import local_path
 from rpam_mergekit.inputs import Inputs, merge_models, read_inputs
 from rpam_mergekit.matching import (
     Matched,
@@ -32,8 +34,8 @@ from rpam_mergekit.parallel import local_device
 from rpam_mergekit.references import notes
 from rpam_mergekit.replayable import replayable
 from rpam_mergekit.schema import check_keys
-from rpam_mergekit.settings import RpamSettings, parse_settings
-from rpam_mergekit.templates import template_findings, template_notes
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
+from rpam_mergekit.templates import TemplateInUse, template_findings
 from rpam_mergekit.vocabulary import tokenizer_findings
 
 NAME = "rpam"
@@ -56,13 +58,14 @@ class MergeRequest:
 
     `calibration` is None where a coefficients file is to be used as it is.
     `weight_settings` are the user's own `weight:` settings for every other model,
-    highest precedence first.
+    highest precedence first. `template` is the chat template in use.
     """
 
     settings: RpamSettings
     models: MergeModels
     calibration: CalibrationSet | None
     weight_settings: tuple[tuple[Mapping[str, ParameterSetting] | None, ...], ...]
+    template: TemplateInUse = field(default_factory=TemplateInUse)
 
     def fixed_weights(self, layout: Layout) -> dict[str, float]:
         """Return the weights the user set, by entry, as mergekit resolves them."""
@@ -161,12 +164,10 @@ def examine(
         return found
     own = {i.model: i.parameters for i in inputs.named}
     weight_settings = tuple((own[m], config.parameters) for m in models.others)
-    found.request = MergeRequest(settings, models, calibration, weight_settings)
-    if found.matched.tokenizers:
-        queries = calibration.queries if calibration else ()
-        responses = [query.response or "" for query in queries]
-        patterns = " and ".join(models.patterns[1:])
-        found.notes += template_notes(found.matched.tokenizers, responses, patterns)
+    template = _examine_template(config, models, settings, calibration, found)
+    found.request = MergeRequest(
+        settings, models, calibration, weight_settings, template
+    )
     if settings.outside_weight or _sets_weights(found.request):
         found.notes += head_notes(models, found.matched)
     return found
@@ -217,6 +218,39 @@ def _examine_models(
     if models.base in matched.configs:
         base = matched.configs[models.base]
         found.findings += range_findings(inputs.layer_ranges, base)
+
+
+def _examine_template(
+    config: MergeConfiguration,
+    models: MergeModels,
+    settings: RpamSettings,
+    calibration: CalibrationSet | None,
+    found: Examined,
+) -> TemplateInUse:
+    tokenizers = found.matched.tokenizers
+    queries = calibration.queries if calibration else ()
+    solved = _as_solved(settings)
+    template = TemplateInUse.of(config, tokenizers, models.base, queries, solved)
+    found.findings += template.findings(queries, solved)
+    others = {m: t for m, t in tokenizers.items() if m != models.base}
+    found.notes += template.notes(queries, solved, others)
+    return template
+
+
+def _as_solved(settings: RpamSettings) -> RpamSettings:
+    """Return the settings, with those on thinking as coefficients were solved by.
+
+    A file that is used as it is knows by which prompts that was.
+    """
+    if settings.calibration is not None or settings.coefficients is None:
+        return settings
+    try:
+        path = local_path(settings.coefficients, "parameters.coefficients")
+        made_from = CoefficientsFile(path).metadata["fingerprint"]["settings"]
+    except (RpamError, OSError, KeyError):  # which is said elsewhere
+        return settings
+    known = {**BEFORE_THINKING, **made_from}
+    return settings.model_copy(update={name: known[name] for name in BEFORE_THINKING})
 
 
 def _sets_weights(request: MergeRequest) -> bool:

@@ -99,6 +99,7 @@ def export_command(
         examined = check_merge(config, merge_options, source)
         assert examined.request is not None
         refuse_unsayable(config, examined.request.models)
+        config = examined.request.template.named_in(config)
         path = local_path(coefficients, "COEFFICIENTS")
         if out is None:
             out = Path(RECIPE) if _in_cache(path) else path.with_name(RECIPE)

@@ -125,9 +125,7 @@ def coefficient(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def scaled(
-    parts: Mapping[str, torch.Tensor], scale: float
-) -> dict[str, torch.Tensor]:
+def scaled(parts: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
     """Return the parts of the coefficient that is `scale` times that of `parts`."""
     if scale == 1:
         return dict(parts)

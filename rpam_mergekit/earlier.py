@@ -15,6 +15,7 @@ from rpam_mergekit.coefficients import CoefficientsFile
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.hub import local_path
 from rpam_mergekit.references import public_name
+from rpam_mergekit.settings import BEFORE_THINKING
 
 KEY = "parameters.coefficients"
 
@@ -88,10 +89,11 @@ def _other_names(file: CoefficientsFile, request: MergeRequest) -> list[str]:
 
 
 def _changed(made: dict[str, Any], request: MergeRequest) -> list[str]:
-    now = request.settings.problem()
+    now, known = request.settings.problem(), made.get("settings", {})
+    known = {**known, **{n: v for n, v in BEFORE_THINKING.items() if n not in known}}
     return [
         f"{name} {value} (the config: {now[name]})"
-        for name, value in made.get("settings", {}).items()
+        for name, value in known.items()
         if name in now and now[name] != value
     ]
 

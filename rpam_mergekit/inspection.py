@@ -174,7 +174,11 @@ def _encode(
         return
     try:
         result.queries, notes = encode_calibration(
-            calibration, tokenizer, base.vocab_size, request.settings
+            calibration,
+            tokenizer,
+            base.vocab_size,
+            request.settings,
+            request.template.thinking,
         )
     except RpamError as error:
         result.findings += error.findings

@@ -47,6 +47,7 @@ from rpam_mergekit.fit import fit
 from rpam_mergekit.inputs import cut_config, read_inputs
 from rpam_mergekit.planned import already_checked
 from rpam_mergekit.references import reachable
+from rpam_mergekit.template_files import take_out
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "
@@ -173,9 +174,12 @@ def hook_run_merge(module: Any) -> None:
             with already_checked(merge_config, examined):
                 result = original(merge_config, out_path, options, source)
             check_complete(out_path, models.base, options.trust_remote_code)
-            reason = record.finish(out_path, given, request, options)
-        if reason and not options.quiet:
-            click.echo(f"rpam: no {RECIPE}: {reason}", err=True)
+            thinking, trusted = request.template.thinking, options.trust_remote_code
+            removed, said = take_out(Path(out_path), thinking, trusted)
+            reason = record.finish(out_path, given, request, options, removed)
+        said += [f"no {RECIPE}: {reason}"] if reason else []
+        for line in () if options.quiet else said:
+            click.echo(f"rpam: {line}", err=True)
         return result
 
     _wrap(module, "run_merge", run_merge)

@@ -40,9 +40,7 @@ def with_decisions(
     return torch.where(has, (1 - share) * weights + share * each, weights)
 
 
-def opening_loss(
-    logits: torch.Tensor, token: int, opens: torch.Tensor
-) -> torch.Tensor:
+def opening_loss(logits: torch.Tensor, token: int, opens: torch.Tensor) -> torch.Tensor:
     """Return every query's cross-entropy of whether its thinking is opened.
 
     logits: (queries, vocabulary), where the response begins. token: that opens

@@ -132,6 +132,7 @@ class Planned:
             tokenizer,
             self.base_config.get_text_config().vocab_size,
             self.request.settings,
+            self.request.template.thinking,
         )
         for note in notes:
             self.say(f"rpam: {note}")
@@ -159,9 +160,7 @@ class Planned:
             processes=self.processes,
             quiet=options.quiet,
             held_out=make_batches(held_out, settings),
-            of_solved=make_batches(
-                as_many(solving, held_out, settings.seed), settings
-            ),
+            of_solved=make_batches(as_many(solving, held_out, settings.seed), settings),
             end=self.end_token,
         )
 

@@ -75,7 +75,9 @@ def opening_token(queries: Sequence[EncodedQuery]) -> int | None:
 
     The most common one, where there are several.
     """
-    tokens = Counter(query.ids[query.prompt_tokens] for query in queries if query.opening)
+    tokens = Counter(
+        query.ids[query.prompt_tokens] for query in queries if query.opening
+    )
     return tokens.most_common(1)[0][0] if tokens else None
 
 
@@ -200,7 +202,9 @@ class Measurement:
                 for scale, of_scale in zip(SCALES, scores, strict=True)
             },
             held_out=routing_of(chosen[best], _flat(experts[:held_out])),
-            solved=routing_of(_flat(merged[best][held_out:]), _flat(experts[held_out:])),
+            solved=routing_of(
+                _flat(merged[best][held_out:]), _flat(experts[held_out:])
+            ),
         )
 
     def _experts(self) -> tuple[list[list[QueryFigures]], list[list[int]]]:

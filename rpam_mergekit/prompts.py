@@ -14,8 +14,8 @@ import torch
 
 from rpam_mergekit.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.responses import Markers
 from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.thinking import ThinkingMode, thinking_of
 
 PADDING = 0.25  # of a batch, at most
 
@@ -79,24 +79,32 @@ class Batch:
 
 
 def encode_calibration(
-    calibration: CalibrationSet, tokenizer, vocabulary: int, settings: RpamSettings
+    calibration: CalibrationSet,
+    tokenizer,
+    vocabulary: int,
+    settings: RpamSettings,
+    thinking: ThinkingMode | None = None,
 ) -> tuple[list[EncodedQuery], list[str]]:
     """Return the drawn queries as token ids, and notes on what was left out or cut.
 
-    `vocabulary` is the number of rows of the embedding. Raises `RpamError` for ids
-    beyond it, conversations that the chat template refuses, and a pattern of which
-    no query fits `max_tokens`.
+    `vocabulary` is the number of rows of the embedding; `thinking` says who opens the
+    thinking, by default as the tokenizer's own template has it. Raises `RpamError` for
+    ids beyond the vocabulary, conversations that the chat template refuses, and a
+    pattern of which no query fits `max_tokens`.
     """
     notes = []
     if getattr(tokenizer, "chat_template", None) is None:
         notes.append(
             "the tokenizer has no chat template: prompts are used as plain text"
         )
+    if thinking is None:
+        template = getattr(tokenizer, "chat_template", None)
+        thinking = thinking_of(tokenizer, template, calibration.queries, settings)
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
         try:
-            ids = prompt_ids(query.conversation, tokenizer)
+            ids = prompt_ids(query.conversation, tokenizer, thinking)
         except Exception as error:
             findings.append(f"{where}: the chat template refuses this query: {error}")
             ids = []
@@ -128,7 +136,6 @@ def encode_calibration(
                 f"queries_per_pattern ({settings.queries_per_pattern}): all are used"
             )
     encoded, cut = [], 0
-    markers = Markers()
     for i in draw_queries(
         calibration, usable, settings.queries_per_pattern, settings.seed
     ):
@@ -137,9 +144,9 @@ def encode_calibration(
         response: list[int] = []
         opening, closing = 0, None
         if settings.tokens == "prompt+response" and query.response is not None:
-            response, opening, closing = encode_response(
-                query.response, tokenizer, markers
-            )
+            text = thinking.response(query.response, query.pattern)
+            response = response_ids(text, tokenizer, thinking)
+            opening, closing = brackets(text, tokenizer, thinking)
             where = f"{calibration.path}:{calibration.lines[i]}"
             if beyond := _beyond(response, tokenizer, vocabulary, where):
                 raise RpamError(*beyond)
@@ -169,28 +176,6 @@ def encode_calibration(
                 "prompts are aligned"
             )
     return encoded, notes
-
-
-def encode_response(
-    response: str, tokenizer, markers: Markers
-) -> tuple[list[int], int, int | None]:
-    """Return a response's token ids, how many open its thinking, and where it closes.
-
-    0 where it does not begin by opening it; None where it closes nothing.
-    """
-
-    def encoded(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    ids = encoded(response)
-    opens = response.lstrip().startswith(markers.open)
-    opening = len(encoded(response.partition(markers.open)[0] + markers.open))
-    start = response.find(markers.close)
-    if start < 0:
-        return ids, opening if opens else 0, None
-    # A tokenizer may join the tag's first characters with what stands before them.
-    closing = min(len(encoded(response[:start])), len(ids) - 1)
-    return ids, opening if opens else 0, closing
 
 
 def make_batches(
@@ -247,14 +232,57 @@ def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
     )
 
 
-def prompt_ids(conversation: Sequence[Mapping[str, str]], tokenizer) -> list[int]:
-    """Return the token ids of `prompt_text`.
+def prompt_ids(
+    conversation: Sequence[Mapping[str, str]],
+    tokenizer,
+    thinking: ThinkingMode | None = None,
+) -> list[int]:
+    """Return the token ids of `prompt_text`, up to where `thinking` lets it go.
 
     A template writes its own special tokens; plain text gets the tokenizer's.
     """
     text = prompt_text(conversation, tokenizer)
+    if thinking is not None:
+        text = thinking.prompt(text)
     plain = getattr(tokenizer, "chat_template", None) is None
     return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
+
+
+def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
+    """Return the token ids of a response.
+
+    Its opening is encoded by itself, as it was when Long wrote what follows: a line
+    break at its end never was part of a longer token.
+    """
+    head = thinking.begins if thinking.takes_out else ""
+    if head != head.rstrip() and text.startswith(head):
+        parts = [head, text.removeprefix(head)]
+    else:
+        parts = [text]
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    return [token for ids in encoded for token in ids]
+
+
+def brackets(text: str, tokenizer, thinking: ThinkingMode) -> tuple[int, int | None]:
+    """Return how many of a response's tokens open its thinking, and where it closes.
+
+    0 where it does not begin by opening it; None where it closes nothing. A tokenizer
+    may join a bracket's first characters with what stands before them; then it is the
+    token behind.
+    """
+    if thinking.markers is None:
+        return 0, None
+    opened, closed = thinking.markers.open, thinking.markers.close
+    opening = 0
+    if text.lstrip().startswith(opened):
+        head = text.partition(opened)[0] + opened
+        opening = len(response_ids(head, tokenizer, thinking))
+    start = text.find(closed)
+    if start < 0:
+        return opening, None
+    whole = response_ids(text, tokenizer, thinking)
+    before = response_ids(text[:start], tokenizer, thinking)
+    return opening, min(len(before), len(whole) - 1)
 
 
 def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:

@@ -31,6 +31,7 @@ from rpam_mergekit.fit import IN_OUTPUT
 from rpam_mergekit.hub import local_path
 from rpam_mergekit.inputs import read_inputs
 from rpam_mergekit.references import public_name
+from rpam_mergekit.thinking import ThinkingMode
 
 RECORD = "rpam.json"
 FORMAT = 1
@@ -64,10 +65,12 @@ def finish(
     config: MergeConfiguration,
     request: MergeRequest,
     options: MergeOptions,
+    removed: bool = False,
 ) -> str | None:
     """Complete the folder of a merge that has been written; `rpam.json` comes last.
 
-    `config` is the user's, before mergekit planned. Returns why there is no stock
+    `config` is the user's, before mergekit planned. `removed`: whether the opening of
+    the thinking was taken out of the chat template there. Returns why there is no stock
     recipe where scalar coefficients would allow one.
     """
     folder = Path(out_path)
@@ -75,7 +78,7 @@ def finish(
     path = local_path(named, "parameters.coefficients") if named else folder / IN_OUTPUT
     file = CoefficientsFile(path, request.settings.reasoning)
     path_named = named or IN_OUTPUT.as_posix()
-    record = record_of(file, config, request, options, path_named)
+    record = record_of(file, config, request, options, path_named, removed)
     reason = None
     if not finer_entries(file):
         try:
@@ -98,6 +101,7 @@ def record_of(
     request: MergeRequest,
     options: MergeOptions,
     path: str,
+    removed: bool = False,
 ) -> dict[str, Any]:
     """Return what `rpam.json` says of a merge by `file`, which `path` names.
 
@@ -131,6 +135,7 @@ def record_of(
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
         **further(config),
+        "thinking": _thinking(request.template.thinking, removed),
         "coefficients": {
             "path": path,
             "sha256": digest_of_file(Path(file.path)),
@@ -139,6 +144,17 @@ def record_of(
         "layers": file.metadata["layers"],
         "operating_point": file.metadata.get("operating_point"),
         "scale": file.scale,
+    }
+
+
+def _thinking(thinking: ThinkingMode, removed: bool) -> dict[str, Any]:
+    markers = thinking.markers
+    return {
+        "mode": thinking.mode,
+        "opening": thinking.opening,
+        "removed_from_template": removed,
+        "open": markers and markers.open,
+        "close": markers and markers.close,
     }
 
 
@@ -209,4 +225,4 @@ def _recipe(
     base_config = models.base.config(trust_remote_code=options.trust_remote_code)
     architecture = get_architecture_info(config, options)
     layout = plan_layout(architecture, base_config, models.every)
-    return recipe_text(config, request, layout, file)
+    return recipe_text(request.template.named_in(config), request, layout, file)

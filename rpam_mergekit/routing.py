@@ -69,7 +69,8 @@ def choose_scale(scores: Sequence[Sequence[float]], patterns: Sequence[str]) -> 
 
     def gain(number: int) -> tuple[float, float]:
         differences = [
-            new - old for new, old in zip(scores[number], scores[AS_SOLVED], strict=True)
+            new - old
+            for new, old in zip(scores[number], scores[AS_SOLVED], strict=True)
         ]
         mean = weighted_mean(differences, patterns)
         counts = Counter(patterns)
@@ -154,8 +155,12 @@ def routing_of(
             end=_mean([f.end for f in mine]),
             body=_mean([f.body for f in mine]) or 0.0,
         )
-    thinks = [f.opening for f in merged if f.pattern == "long" and f.opening is not None]
-    others = [f.opening for f in merged if f.pattern != "long" and f.opening is not None]
+    thinks = [
+        f.opening for f in merged if f.pattern == "long" and f.opening is not None
+    ]
+    others = [
+        f.opening for f in merged if f.pattern != "long" and f.opening is not None
+    ]
     area = area_under_curve(thinks, others) if thinks and others else None
     return Routing(patterns, area)
 
@@ -189,7 +194,9 @@ class OperatingPoint:
         }
 
 
-def scale_of(point: Mapping[str, Any] | None, reasoning: float, base_thinks: bool) -> float:
+def scale_of(
+    point: Mapping[str, Any] | None, reasoning: float, base_thinks: bool
+) -> float:
     """Return by what the solved coefficients are multiplied in the merge.
 
     point: the record of an `OperatingPoint`, None in files that have none. reasoning:

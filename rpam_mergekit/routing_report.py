@@ -37,7 +37,9 @@ def summary(point: Mapping[str, Any]) -> str:
     return text
 
 
-def warnings(point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def warnings(
+    point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """Return what is wrong with a merge, each with what to change."""
     found: list[str] = []
     heavy = [r["layer"] for r in layers if r.get("heaviest_token", 0.0) > HEAVY]
@@ -83,7 +85,9 @@ def table(point: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += ["closing tag", "end", "a token"]
     rows: list[list[str]] = []
     for which, name in (("held_out", "held out"), ("solved", "solved on")):
-        for pattern, figures in ((point.get(which) or {}).get("patterns") or {}).items():
+        for pattern, figures in (
+            (point.get(which) or {}).get("patterns") or {}
+        ).items():
             rows.append(
                 [
                     name,

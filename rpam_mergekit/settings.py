@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.openings import KNOWN
+from rpam_mergekit.responses import Markers
 
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
@@ -25,6 +27,9 @@ NOT_OF_THE_PROBLEM = {
 }
 LBFGS_ITERATIONS = 15
 
+# What files say nothing of that were solved before these settings were there.
+BEFORE_THINKING = {"thinking": "template", "think_open": None, "think_close": None}
+NO_BRACKETS = "none"  # of think_open: Long thinks without
 # What a preset changes; a parameter that the config names itself stays as named.
 # arXiv 2601.03506: prompts only, summed squared error, omega against that sum, one
 # coefficient per weight element from 0.5, embeddings and head at 0.5.
@@ -89,6 +94,23 @@ class RpamSettings(BaseModel):
     tokens: Literal["prompt", "prompt+response"] = Field(
         "prompt+response", description="Tokens whose hidden states are aligned."
     )
+    thinking: Literal["model", "template"] = Field(
+        "model",
+        description="Who opens the thinking where the chat template ends its prompts "
+        "in an opened block: `model` takes that opening out of the calibration "
+        "prompts and of the output's template, so that the merged model decides; "
+        "`template` keeps it: every response thinks.",
+    )
+    think_open: str | None = Field(
+        None,
+        min_length=1,
+        description="Text that opens Long's thinking, if not recognised from template "
+        "and responses (`<think>`, `[THINK]`, `<|channel|>analysis<|message|>` and "
+        "others are); `none`: it thinks without brackets.",
+    )
+    think_close: str | None = Field(
+        None, min_length=1, description="Text that closes what `think_open` opens."
+    )
     prompt_weight: float = Field(
         0.1,
         ge=0,
@@ -106,8 +128,8 @@ class RpamSettings(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="Share of a query's objective that lies on its decisions alone: the "
-        "tokens from which the first token of the response (thinking is opened there or "
+        description="Share of a query's objective that lies on its decisions alone: "
+        "the tokens from which the response's first token (thinking is opened there or "
         "not), the closing of the thinking and the end are predicted.",
     )
     alignment: Literal["relative", "sum"] = Field(
@@ -241,6 +263,18 @@ class RpamSettings(BaseModel):
             return self.epochs or LBFGS_ITERATIONS
         return self.steps if self.epochs is None else self.epochs * batches
 
+    def markers(self) -> Markers | None:
+        """Return the brackets that the settings name, None where they name none.
+
+        One of a known pair names both.
+        """
+        one, other = self.think_open, self.think_close
+        if one == NO_BRACKETS or one is other is None:
+            return None
+        if one is not None and other is not None:
+            return Markers(one, other)
+        return next((m for m in KNOWN if one == m.open or other == m.close), None)
+
 
 def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
     """Return the settings that a config's top-level `parameters` describe.
@@ -276,9 +310,27 @@ def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
             f"'{settings.granularity}'. Use solver adam, or granularity "
             f"{', '.join(SCALAR_GRANULARITIES)}."
         )
+    findings += _brackets(settings)
     if findings:
         raise RpamError(*findings)
     return settings
+
+
+def _brackets(settings: RpamSettings) -> list[str]:
+    """Return what is wrong with the brackets that the settings name."""
+    one, other = settings.think_open, settings.think_close
+    if one == NO_BRACKETS and other is not None:
+        return [
+            f"parameters.think_close: found {other!r}, but think_open is "
+            f"'{NO_BRACKETS}'. Name both brackets, or leave think_close out."
+        ]
+    if (one is None and other is None) or one == NO_BRACKETS or settings.markers():
+        return []
+    lacking, there = ("think_close", one) if other is None else ("think_open", other)
+    return [
+        f"parameters.{lacking}: missing. {there!r} is of no known pair of brackets: "
+        "name the text that opens the thinking and the one that closes it."
+    ]
 
 
 def _finding(error: Any) -> str:

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Solution:
 
     solved: MutableMapping[int, LayerSolution]
     count: int
-    operating_point: OperatingPoint = OperatingPoint()
+    operating_point: OperatingPoint = field(default_factory=OperatingPoint)
 
     @property
     def entries(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -153,7 +153,9 @@ def weigh_layer(
         (length.clamp(min=1e-30).log() * stream.shares).sum()
         for stream, length in zip(streams, lengths, strict=True)
     ]
-    mean = _total(logs, processes) / _total([s.shares.sum() for s in streams], processes)
+    mean = _total(logs, processes) / _total(
+        [s.shares.sum() for s in streams], processes
+    )
     for stream, length in zip(streams, lengths, strict=True):
         stream.weights = stream.shares * token_factors(length, math.exp(mean), form)
 

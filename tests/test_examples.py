@@ -172,8 +172,9 @@ def test_a_pair_of_an_examples_kind_goes_through(name, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     renamed = f"2 special tokens have other names in {tmp_path / 'long'} than in"
     assert renamed in result.output
-    assert "opens the thinking block by itself: prompts end with '<think>\\n'" in (
-        result.output
+    assert (
+        "opens the thinking: it ends prompts with '<think>\\n'. The merged model"
+        in (result.output)
     )
     config = yaml.safe_load(text)
     request = check_config(
@@ -192,7 +193,7 @@ def test_a_pair_of_an_examples_kind_goes_through(name, tmp_path, monkeypatch):
     assert ("lm_head.weight" in found) is not long_is_tied
     assert AutoConfig.from_pretrained(out).tie_word_embeddings is long_is_tied
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == OPENING
+    assert tokenizer.chat_template == OPENING.replace("<think>\n", "")
     assert "<|im_end|>" not in tokenizer.get_vocab()
     conversation = [{"role": "user", "content": "7+5="}]
     prompt = tokenizer.apply_chat_template(

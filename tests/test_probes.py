@@ -84,7 +84,9 @@ def test_the_model_on_disk_is_the_one_measured_at_its_scale(
     last: list = []
     model.model.layers[-1].register_forward_hook(lambda *call: last.append(call[2]))
     number = SCALES.index(scale)
-    for batch, merged in zip(prepass.probes.batches, prepass.probes.merged, strict=True):
+    for batch, merged in zip(
+        prepass.probes.batches, prepass.probes.merged, strict=True
+    ):
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         counted = batch.attention_mask.bool()

@@ -140,3 +140,44 @@ def test_a_batch_is_never_mostly_padding():
     ]
     for batch in batches:
         assert batch.attention_mask.float().mean() >= 1 - PADDING
+
+
+OPENING = chains.CHAT_TEMPLATE.replace("<|assistant|>", "<|assistant|><think>")
+
+
+@pytest.fixture
+def opening():
+    """The tokenizer, with a template that opens the thinking."""
+    tokenizer = chains.build_tokenizer()
+    tokenizer.chat_template = OPENING
+    return tokenizer
+
+
+def test_prompts_end_where_the_model_begins_to_decide(encode, tokenizer, opening):
+    """With a template that opens as with one that does not, to the last token."""
+    lacks = {**LONG, "response": LONG["response"].removeprefix("<think>")}
+    closes = {**SHORT, "response": "</think>2"}
+    right, _ = encode(LONG, SHORT)
+    for long, short in ((LONG, SHORT), (lacks, SHORT), (lacks, closes)):
+        assert encode(long, short, tokenizer=opening)[0] == right
+
+
+def test_a_template_that_is_kept_opens_prompts_and_no_response(encode, opening):
+    (long, short), _ = encode(LONG, SHORT, tokenizer=opening, thinking="template")
+    for query, response in ((long, "1+1=2</think>6"), (short, "2")):
+        ids = query.ids[: query.prompt_tokens]
+        prompt = "".join(opening.convert_ids_to_tokens(ids))
+        assert prompt.endswith("<|assistant|><think>")
+        rest = opening.convert_ids_to_tokens(query.ids[query.prompt_tokens :])
+        assert "".join(rest) == response
+
+
+def test_the_opening_is_encoded_by_itself(encode):
+    """As it was when Long wrote what follows: its line break is in no longer token."""
+    tokenizer = chains.build_tokenizer("0123456789+-*=;\n")
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.chat_template = OPENING.replace("<think>", "{{ '<think>\n' }}")
+    response = "\n1+1=2</think>6"
+    (long, _), _ = encode({**LONG, "response": response}, SHORT, tokenizer=tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(long.ids[long.prompt_tokens :])
+    assert tokens[:4] == ["<think>", "\n", "\n", "1"]

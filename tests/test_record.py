@@ -108,6 +108,13 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
         "layer_ranges": [],
         "chat_template": None,
         "tokenizer": None,
+        "thinking": {
+            "mode": "model",
+            "opening": "",
+            "removed_from_template": False,
+            "open": "<think>",
+            "close": "</think>",
+        },
         "coefficients": {
             "path": COEFFICIENTS.as_posix(),
             "sha256": sha256(coefficients.read_bytes()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.responses import Markers
 from rpam_mergekit.settings import PRESETS, RpamSettings, parse_settings
 
 
@@ -47,6 +48,28 @@ def test_a_misspelt_choice_gets_a_suggestion():
 def test_all_findings_come_together():
     findings = refused({"epoch": 3, "rank": -1, "temperature": 0, "seed": [1, 2]})
     assert len(findings) == 4
+
+
+def test_one_of_a_known_pair_of_brackets_names_both():
+    for given in ({"think_open": "[THINK]"}, {"think_close": "[/THINK]"}):
+        assert parse_settings(given).markers() == Markers("[THINK]", "[/THINK]")
+    named = {"think_open": "(", "think_close": ")"}
+    assert parse_settings(named).markers() == Markers("(", ")")
+    assert parse_settings({}).markers() is None
+    assert parse_settings({"think_open": "none"}).markers() is None
+
+
+def test_brackets_of_which_one_is_missing_are_refused():
+    (finding,) = refused({"think_open": "("})
+    assert finding.startswith("parameters.think_close: missing. '(' is of no known")
+    (finding,) = refused({"think_close": ")"})
+    assert finding.startswith("parameters.think_open: missing. ')' is of no known")
+    (finding,) = refused({"think_open": "none", "think_close": ")"})
+    assert finding.startswith("parameters.think_close: found ')', but think_open is")
+
+
+def test_what_opens_the_thinking_belongs_to_what_is_solved():
+    assert {"thinking", "think_open", "think_close"} <= RpamSettings().problem().keys()
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,17 @@ def template(model: Path, text: str) -> None:
 
 
 def test_a_template_that_opens_the_thinking_block_is_noted(check, own):  # noqa: F811
-    template(own / "long", "{{ messages[0].content + '<think>\\n' }}")
+    opens = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    template(own / "long", opens)
     noted(
         check(merge_config(own)),
-        r"prompts end with '<think>\n', and the responses of 'short' follow it, too",
-        "8 responses of the calibration file open it once more",
+        r"opens the thinking: it ends prompts with '<think>'. The merged model is to "
+        "decide, so that this is taken out of the output's chat template",
+    )
+    noted(
+        check(merge_config(own, parameters={"thinking": "template"})),
+        "thinking: template keeps that. The merged model cannot answer at once",
+        "8 responses of the calibration file begin with the opening, which their",
     )
 
 

@@ -130,6 +130,15 @@ changed(
     parameters={"calibration": "hf://owner/name/calibration.jsonl"},
 )
 changed(f"{GAP}: its config cannot be loaded:", base_model="/nowhere")
+changed(
+    f"parameters.{GAP}: missing. {GAP} is of no known pair of brackets:",
+    parameters={"think_open": "(thinks:"},
+)
+lines(
+    f"no response of the pattern '{GAP}' thinks",
+    {**LONG, "response": "2"},
+    {**SHORT, "response": "2"},
+)
 lines("give exactly one of 'prompt' and 'messages'", {"pattern": "long"}, SHORT)
 lines(f"not JSON: {GAP}", LONG, "{", SHORT)
 lines(f"pattern: found {GAP}", LONG, {**SHORT, "pattern": "shrot"})
@@ -170,6 +179,15 @@ def _another_width(folder: Path, config: dict) -> str:
     path = folder / "short" / "config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "hidden_size": 64}))
+    return CHECK
+
+
+@provokes("and no template can be made of it that renders the same but for that.")
+def _an_opening_in_pieces(folder: Path, config: dict) -> str:
+    config["chat_template"] = (
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<th' }}{{ 'ink>' }}{% endif %}"
+    )
     return CHECK
 
 
