@@ -65,8 +65,11 @@ def check_questions(
             problem = f"the chat template of {model} {problem.rstrip('.')}"
             raise RpamError(f"{which}: {problem}. {remedy}")
     if system and questions:
-        turns = questions[0].messages
-        if prompt_text(turns, tokenizer) == prompt_text(turns[1:], tokenizer):
+        first, *turns = questions[0].messages
+        other = {**first, "content": f"{first['content']} 0?"}
+        if prompt_text([first, *turns], tokenizer) == prompt_text(
+            [other, *turns], tokenizer
+        ):
             raise RpamError(
                 f"--system: the chat template of {model} leaves system messages out: "
                 f"the model would never read it. {_NO_SYSTEM}"

@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 from conftest import QUICKSTART, run
 from test_merge import succeeded
+from test_references import save_adapter
 from test_sampling import refused, sample, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.openings import begun_turn, markers_in, opening_of, read_turn
@@ -279,6 +282,124 @@ def test_a_run_goes_on_when_the_template_cannot_be_asked_any_more(tmp_path, ques
         url = ["--base-url", server.url, "--not-opened-by-prompt", "-k", "2"]
         process = sample("alias", questions, Path(out), *url)
     refused(process, "thinking.opening: the file was made with '<think>\\n'")
+
+
+# What a template does not take
+
+
+REFUSING = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+)
+DROPPING = TEMPLATE.replace(
+    "{% for m in messages %}",
+    "{% for m in messages if m['role'] == 'assistant' %}",
+)
+IGNORING = TEMPLATE.replace("in messages %}", "in messages if m['role'] == 'user' %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "expected"),
+    [
+        (
+            REFUSING,
+            ["--system", "Think."],
+            ("--system: the chat template of", "System role not supported"),
+        ),
+        (
+            IGNORING,
+            ["--system", "Think."],
+            ("--system: the chat template of", "leaves system messages out"),
+        ),
+        (
+            DROPPING,
+            [],
+            ("query 0: the chat template of", "leaves the message of the role 'user'"),
+        ),
+        (
+            "{{ messages[5]['content'] }}" + TEMPLATE,
+            [],
+            ("query 0: the chat template of", "refuses this query"),
+        ),
+    ],
+)
+def test_what_a_template_does_not_take_is_one_message(
+    tmp_path, questions, template, options, expected
+):
+    model = templated(tmp_path / "model", template)
+    out = tmp_path / "s.jsonl"
+    refused(sample(model, questions, out, *options), *expected)
+    assert not out.exists()
+
+
+def test_a_system_message_that_a_template_takes(tmp_path, questions):
+    model = str(QUICKSTART / "long")
+    reader, _ = sampled(model, questions, tmp_path / "s.jsonl", "--system", "7")
+    assert next(iter(reader)).messages[0] == {"role": "system", "content": "7"}
+
+
+# Models as mergekit's configs name them
+
+
+def test_a_model_with_an_adapter(tmp_path, questions):
+    model = str(QUICKSTART / "short")
+    adapter = save_adapter(QUICKSTART / "short", tmp_path / "lora")
+    merged = tmp_path / "merged"
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload().save_pretrained(
+        merged
+    )
+    AutoTokenizer.from_pretrained(model).save_pretrained(merged)
+    named, folder, alone = (
+        sampled(name, questions, tmp_path / f"{n}.jsonl", "--max-tokens", "8")[0]
+        for n, name in enumerate((f"{model}+{adapter}", str(merged), model))
+    )
+    assert responses_of(named) == responses_of(folder) != responses_of(alone)
+    digests = {r.header["weights"]["digest"] for r in (named, folder, alone)}
+    assert len(digests) == 3
+    assert all(len(digest) == 64 for digest in digests)
+    save_adapter(QUICKSTART / "short", adapter, seed=1)
+    process = sample(
+        f"{model}+{adapter}", questions, tmp_path / "0.jsonl", "-k", "2", "--seed", "0"
+    )
+    refused(process, "weights.digest: the file was made with")
+
+
+def test_a_revision_from_the_cache(tmp_path, questions):
+    repository = tmp_path / "cache" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    for name, reference in (("long", "v1"), ("short", "main")):
+        commit = name[0].replace("l", "a").replace("s", "b") * 40
+        shutil.copytree(QUICKSTART / name, repository / "snapshots" / commit)
+        (repository / "refs" / reference).write_text(commit)
+    cache = {"HF_HUB_CACHE": str(repository.parent)}
+    out = tmp_path / "s.jsonl"
+    succeeded(sample("org/name@v1", questions, out, "-k", "1", **cache))
+    assert {r.thinking for r in responses_of(SampleReader(out))} == {"closed"}
+    assert SampleReader(out).header["model"] == "org/name@v1"
+    out = tmp_path / "main.jsonl"
+    succeeded(sample("org/name", questions, out, "-k", "1", **cache))
+    assert {r.thinking for r in responses_of(SampleReader(out))} == {"none"}
+    options = ["--revision", "main"]
+    process = sample("org/name@v1", questions, out, *options, **cache)
+    refused(process, "--revision: found 'main', but MODEL names 'v1'")
+
+
+def test_references_that_are_none(tmp_path, questions):
+    model, out = str(QUICKSTART / "long"), tmp_path / "s.jsonl"
+    process = sample(f"{model}+{tmp_path / 'no'}", questions, out)
+    refused(process, "the adapter", "is no folder")
+    process = sample("a@b@c", questions, out)
+    refused(process, "MODEL: found 'a@b@c'", "NAME@REVISION")
+    process = sample("a+b+c", questions, out)
+    refused(process, "MODEL: found 'a+b+c'")
+    assert not out.exists()
+
+
+def test_a_folder_may_have_any_name(tmp_path, questions):
+    model = templated(tmp_path / "a+b@c", TEMPLATE)
+    reader, _ = sampled(model, questions, tmp_path / "s.jsonl")
+    assert {r.thinking for r in responses_of(reader)} == {"closed"}
 
 
 # Files that were written before
