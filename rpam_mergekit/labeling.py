@@ -26,10 +26,18 @@ from typing import Any
 from rpam_mergekit.calibration import PATTERNS
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.leaks import LeakGuard
-from rpam_mergekit.responses import CLOSED, NONE, THINKING, Markers, thought_of
+from rpam_mergekit.responses import (
+    ANSWERED,
+    CLOSED,
+    NONE,
+    THINKING,
+    Markers,
+    thought_of,
+)
 from rpam_mergekit.samples import Response, SampledQuery
 
 USUAL = Markers()
+PROPER = (NONE, CLOSED, ANSWERED)
 
 
 def pattern_of(
@@ -53,7 +61,8 @@ class Summary:
     """What is kept of one model's responses to one query.
 
     tokens: their mean number, None if unknown; best: the shortest correct response
-    whose thinking, if there is any, is properly closed; best_thought: the shortest of
+    whose thinking, if there is any, is properly closed (an answer in a block that the
+    prompt has opened: the answer alone); best_thought: the shortest of
     those that think, with something in their thinking block; thoughtful: how many
     correct responses think, properly closed or not.
     """
@@ -69,7 +78,7 @@ class Summary:
     @classmethod
     def of(cls, query: SampledQuery, markers: Markers = USUAL) -> Summary:
         right = [r for r in query.responses if r.correct]
-        proper = [r for r in right if r.thinking in (NONE, CLOSED)]
+        proper = [_said(r, markers) for r in right if r.thinking in PROPER]
         thoughts = [r for r in right if _thinks(r, markers)]
         closed = [r for r in thoughts if r.thinking == CLOSED]
         return cls(
@@ -85,6 +94,14 @@ class Summary:
     @property
     def accuracy(self) -> float:
         return self.correct / self.count
+
+
+def _said(response: Response, markers: Markers) -> Response:
+    """Return a response without the block that it has not used, if it has one."""
+    if response.thinking != ANSWERED:
+        return response
+    answer = response.text.partition(markers.open)[2].lstrip()
+    return response.model_copy(update={"text": answer})
 
 
 def _thinks(response: Response, markers: Markers) -> bool:

@@ -64,7 +64,7 @@ def encode_calibration(
         where = f"{calibration.path}:{line}"
         problem = template_problem(query.conversation, tokenizer)
         if problem is not None:
-            findings.append(f"{where}: the chat template {problem}")
+            findings.append(f"{where}: {problem}")
         ids = [] if problem else prompt_ids(query.conversation, tokenizer)
         findings += _beyond(ids, tokenizer, vocabulary, where)
         prompts.append(ids)
@@ -167,21 +167,20 @@ def template_problem(
 ) -> str | None:
     """Return what the chat template does wrong with a conversation, or None.
 
-    It may raise an error, or make the same prompt whatever the user says. The text
-    follows "the chat template".
+    It may raise an error, or make the same prompt whatever the user says.
     """
     try:
         text = prompt_text(conversation, tokenizer)
         last = {**conversation[-1], "content": f"{conversation[-1]['content']} 0?"}
         other = prompt_text([*conversation[:-1], last], tokenizer)
     except Exception as error:
-        return f"refuses this query: {error}"
+        return f"the chat template refuses this query: {error}"
     if text != other:
         return None
     role = conversation[-1]["role"]
     return (
-        f"leaves the message of the role '{role}' out: the prompt is {text[-60:]!r}, "
-        "whatever it says"
+        f"the chat template leaves the message of the role '{role}' out: the prompt is "
+        f"{text[-60:]!r}, whatever it says"
     )
 
 

@@ -62,8 +62,8 @@ def check_questions(
             remedy = "Leave such queries out, or mend the template."
             if system and not template_problem(question.messages[1:], tokenizer):
                 which, remedy = "--system", _NO_SYSTEM
-            problem = f"the chat template of {model} {problem.rstrip('.')}"
-            raise RpamError(f"{which}: {problem}. {remedy}")
+            named = problem.replace("template", f"template of {model}", 1)
+            raise RpamError(f"{which}: {named.rstrip('.')}. {remedy}")
     if system and questions:
         first, *turns = questions[0].messages
         other = {**first, "content": f"{first['content']} 0?"}

@@ -148,6 +148,13 @@ def test_responses_without_any_thinking_are_refused_with_what_to_do(tmp_path):
     ]
 
 
+def test_an_answer_in_an_opened_block_is_kept_without_the_block():
+    long, _ = pairs((2, 2), (2, 0))
+    said = response("<think>\n9", 2, True, thinking="answered")
+    labels = label(long[:1], [candidate(0, said, said)], LeakGuard())
+    assert labels.chosen[0].record()["response"] == "9"
+
+
 def test_other_brackets_are_thoughts_too():
     query = SampledQuery(
         index=0,

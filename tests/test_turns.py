@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
+import chains
 import peft
 import pytest
 from conftest import QUICKSTART, run
@@ -505,6 +507,31 @@ def test_an_older_file_whose_prompts_opened_nothing_is_gone_on_with(
     assert sorted(out.read_text().splitlines()[1:]) == sorted(
         line.rstrip("\n") for line in whole[1:]
     )
+
+
+# From sampling to labels, without a flag
+
+
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n"])
+def test_labels_of_a_pair_whose_longs_template_opens_the_thinking(tmp_path, opening):
+    rows = [
+        {"question": query, "answer": chains.answer(query)}
+        for seed in range(16)
+        for query in [chains.draw(1 + seed % 8, random.Random(seed))]
+    ]
+    data = write(tmp_path / "q.jsonl", *rows)
+    long = templated(tmp_path / "long", OPENING.replace("<think>\n", opening))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("l", "s")]
+    for model, out in zip((long, str(QUICKSTART / "short")), files, strict=True):
+        sampled(model, data, Path(out))
+    out = tmp_path / "c.jsonl"
+    succeeded(run(["mergekit-rpam", "label", *files, "--out", str(out)]))
+    queries = read_calibration(out).queries
+    assert {q.pattern for q in queries} == {"long", "short"}
+    for query in queries:
+        begun = query.response.startswith(opening)
+        assert begun == (query.pattern == "long")
+        assert query.response.count("<think>") == (query.pattern == "long")
 
 
 # One flag, several files
