@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,11 +104,10 @@ def encode_calibration(
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
-        try:
-            ids = prompt_ids(query.conversation, tokenizer, thinking)
-        except Exception as error:
-            findings.append(f"{where}: the chat template refuses this query: {error}")
-            ids = []
+        problem = template_problem(query.conversation, tokenizer)
+        if problem is not None:
+            findings.append(f"{where}: {problem}")
+        ids = [] if problem else prompt_ids(query.conversation, tokenizer, thinking)
         findings += _beyond(ids, tokenizer, vocabulary, where)
         prompts.append(ids)
     if findings:
@@ -220,15 +220,40 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     return Batch(input_ids, attention_mask, deciding, decisions, tuple(queries))
 
 
-def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
+def template_problem(
+    conversation: Sequence[Mapping[str, Any]], tokenizer
+) -> str | None:
+    """Return what the chat template does wrong with a conversation, or None.
+
+    It may raise an error, or make the same prompt whatever the user says.
+    """
+    try:
+        text = prompt_text(conversation, tokenizer)
+        last = {**conversation[-1], "content": f"{conversation[-1]['content']} 0?"}
+        other = prompt_text([*conversation[:-1], last], tokenizer)
+    except Exception as error:
+        return f"the chat template refuses this query: {error}"
+    if text != other:
+        return None
+    role = conversation[-1]["role"]
+    return (
+        f"the chat template leaves the message of the role '{role}' out: the prompt is "
+        f"{text[-60:]!r}, whatever it says"
+    )
+
+
+def prompt_text(
+    conversation: Sequence[Mapping[str, str]], tokenizer, **rendering: Any
+) -> str:
     """Return the prompt up to where the response begins, by the chat template.
 
     Plain text, turns apart by an empty line, where the tokenizer has no template.
+    `rendering` are further variables of the template.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n\n".join(turn["content"] for turn in conversation)
     return tokenizer.apply_chat_template(
-        list(conversation), tokenize=False, add_generation_prompt=True
+        list(conversation), tokenize=False, add_generation_prompt=True, **rendering
     )
 
 

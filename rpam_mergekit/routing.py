@@ -33,9 +33,9 @@ class QueryFigures:
     of the closing tag's first token, None without thinking; end: of the end token, None
     where the response was cut; body: the mean over all tokens of the response. opening:
     log odds of the token that opens thinking against all others where the response
-    begins, None where no pattern opens thinking; routed: whether the model's most likely
-    first token opens thinking just where the expert does (without an opening: is that
-    of the expert).
+    begins, None where no pattern opens thinking; routed: whether the model's most
+    likely first token opens thinking just where the expert does (without an opening: is
+    that of the expert).
     """
 
     pattern: str

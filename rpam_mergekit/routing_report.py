@@ -1,4 +1,4 @@
-"""What is said of an operating point: does the merge route, and if not, what to change."""
+"""What is said of an operating point: does the merge route; if not, what to change."""
 
 from __future__ import annotations
 

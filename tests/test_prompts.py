@@ -104,6 +104,16 @@ def test_a_query_that_the_template_refuses_is_named(encode):
         encode(LONG, SHORT, tokenizer=strict)
 
 
+@pytest.mark.parametrize("template", ["{{ bos_token }}", "<|user|>?<|assistant|>"])
+def test_a_template_that_drops_the_message_is_named(encode, template):
+    deaf = chains.build_tokenizer()
+    deaf.chat_template = template
+    with pytest.raises(RpamError, match=r"c\.jsonl:1: .* leaves the message") as error:
+        encode(LONG, SHORT, tokenizer=deaf)
+    assert "whatever it says" in error.value.message
+    assert "longer than" not in error.value.message
+
+
 def test_batches_are_padded_to_their_own_longest_only(encode):
     records = [
         {**SHORT, "prompt": "1" + "+1" * n + "=", "pattern": ("long", "short")[n % 2]}
