@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.hub import is_hub_path, local_path
 from rpam_mergekit.memory import return_freed_memory
+from rpam_mergekit.opening import opening_warning
 from rpam_mergekit.planned import Planned, make_room
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.reuse import (
@@ -111,7 +112,8 @@ def _solve(
             f"by a run that did not end; going on behind them ({solved.folder})"
         )
     planned.say(f"rpam: {make_room(prepass, solved.folder)}")
-    solution = prepass.run(solved)
+    opens = _opening(planned, prepass)
+    solution = replace(prepass.run(solved), opens=opens)
     if first:
         write_solution(path, solution, planned.models, planned.layout, fingerprint)
         planned.say(layer_table(solution.layers))
@@ -122,6 +124,22 @@ def _solve(
         )
         solved.remove()
     planned.processes.tell(None)  # nobody leaves before the file is there
+
+
+def _opening(planned: Planned, prepass: PrePass) -> float | None:
+    """Return how likely Long opens its thinking by itself; say it if it is not.
+
+    None where its template lets it: its responses show that it does.
+    """
+    if not planned.request.template.thinking.takes_out:
+        return None
+    opens = prepass.opening_probability()
+    if opens is not None:
+        models = planned.models
+        model = str(models.every[models.patterns.index("long")])
+        if warning := opening_warning(opens, model):
+            planned.say(f"rpam: {warning}")
+    return opens
 
 
 def layer_table(reports: Sequence[LayerReport]) -> str:

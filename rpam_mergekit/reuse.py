@@ -53,6 +53,7 @@ def write_solution(
         "fingerprint": fingerprint,
         "layers": [dataclasses.asdict(report) for report in solution.layers],
         "operating_point": solution.operating_point.record(),
+        "opens": solution.opens,
         "unscaled": sorted(
             {
                 *fingerprint["fixed"],

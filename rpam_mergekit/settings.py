@@ -177,7 +177,7 @@ class RpamSettings(BaseModel):
     )
     learning_rate: float = Field(0.05, gt=0, description="Adam's learning rate.")
     steps: int = Field(
-        1000, ge=1, description="Optimisation steps per layer, of one batch each."
+        800, ge=1, description="Optimisation steps per layer, of one batch each."
     )
     epochs: int | None = Field(
         None,

@@ -60,11 +60,16 @@ class LayerSolution:
 
 @dataclass(frozen=True)
 class Solution:
-    """All of a pre-pass: `count` layers and what is outside them."""
+    """All of a pre-pass: `count` layers and what is outside them.
+
+    opens: the probability that the model that thinks opens its thinking by itself,
+    None where it was not measured.
+    """
 
     solved: MutableMapping[int, LayerSolution]
     count: int
     operating_point: OperatingPoint = field(default_factory=OperatingPoint)
+    opens: float | None = None
 
     @property
     def entries(self) -> dict[str, dict[str, torch.Tensor]]:
