@@ -21,6 +21,7 @@ AS_SOLVED = SCALES.index(1.0)
 # A decision that is wrong counts as if it had one chance in a thousand: a single
 # mislabelled query must not outweigh all others.
 LEAST = math.log(1e-3)
+LEAST_GAIN = 0.02  # nats by which a scale must be better to be worth leaving 1 for
 ROUTES = 0.75  # of a pattern's queries, where it is said that a merge routes
 TELLS_APART = 0.8  # area under the curve, above which a wrong threshold is to blame
 
@@ -64,7 +65,7 @@ def choose_scale(scores: Sequence[Sequence[float]], patterns: Sequence[str]) -> 
     """Return the number of the scale that predicts best, every pattern counting alike.
 
     scores: per scale, of every query. The scale as solved is left only for one that is
-    better by more than the standard error of their difference.
+    better by more than `LEAST_GAIN`, and by more than the difference's standard error.
     """
 
     def gain(number: int) -> tuple[float, float]:
@@ -82,7 +83,7 @@ def choose_scale(scores: Sequence[Sequence[float]], patterns: Sequence[str]) -> 
 
     best = max(range(len(scores)), key=lambda number: gain(number)[0])
     mean, error = gain(best)
-    return best if mean > error else AS_SOLVED
+    return best if mean > max(error, LEAST_GAIN) else AS_SOLVED
 
 
 def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
