@@ -118,7 +118,7 @@ class PrePass:
         done = self.processes.tell(set(solution.solved))
         recorder = self._recorder(self.batches)
         chosen = self._most_divergent(recorder)
-        self.streams = recorder.streams(self._outside())
+        self.streams = self._entered(recorder)
         probes = [batch for batches in self.measured.values() for batch in batches]
         self.probes = Probes(self._recorder(probes).streams(self._outside()), probes)
         solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
@@ -164,6 +164,9 @@ class PrePass:
         ]
         return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
 
+    def _entered(self, recorder: Recorder) -> list[Stream]:
+        return recorder.streams(self._outside())
+
     def _recorder(self, batches: Sequence[Batch]) -> Recorder:
         return Recorder(
             self.decoder,
@@ -183,7 +186,7 @@ class PrePass:
         most = max(1, round(self.settings.layers * count))
         if most == count:
             return set(range(count))
-        self.streams = recorder.streams(self._outside())
+        self.streams = self._entered(recorder)
         divergences = []
         for index in tqdm(range(count), desc="divergence", disable=self.quiet):
             _, experts = self.experts.layer(index)

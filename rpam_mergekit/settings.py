@@ -39,6 +39,7 @@ _PAPER: dict[str, Any] = {
     "prompt_weight": 1.0,
     "long_share": 0.5,
     "decision_weight": 0.0,
+    "opening_weight": 0.0,
     "alignment": "sum",
     "token_scale": "none",
     "contrastive_weight": 1000.0,
@@ -228,10 +229,11 @@ class RpamSettings(BaseModel):
         "room. The result is the same.",
     )
     opening_weight: float = Field(
-        0.0,
+        0.3,
         ge=0,
         description="Weight of a further term in the last layer: the cross-entropy of "
-        "whether thinking is opened, through final norm and head.",
+        "whether thinking is opened, through final norm and head. A model whose "
+        "template has always opened its thinking may not do so by itself.",
     )
     held_out: float = Field(
         0.1,
