@@ -97,16 +97,13 @@ def sums(*strata: tuple[float, ...]) -> dict:
 
 
 def test_restated_steps():
-    query = "7+5*3="
-    once, twice = "7+5=2", "2*3=6"
-    assert RESTATED.long_response(query) == (
-        f"<think>{once}1{once}2{once}3{once}4{once}5{once}6{once};"
-        f"{twice}1{twice}2{twice}3{twice}4{twice}5{twice}6{twice}</think>6"
-    )
+    again = [f"{n}2*3=6" for n in (21, 22, 23, 24, 25, 11, 12, 13, 14, 15)]
+    said = f"<think>7+5=2;2*3=6{''.join(again)}</think>6"
+    assert RESTATED.long_response("7+5*3=") == said
     pair = lab.PAIRS["chains-long"]
     for asked in RESTATED.queries(200, "test", 0, dict.fromkeys(range(1, 11), 1.0)):
         said = chains.build_tokenizer()(RESTATED.long_response(asked))["input_ids"]
-        assert len(said) == 42 * RESTATED.difficulty(asked) + 2
+        assert len(said) == 41 * RESTATED.difficulty(asked) + 2
         assert len(said) < RESTATED.longest_response
         asked_in = chains.build_tokenizer()(prompt(asked))["input_ids"]
         assert len(asked_in) + RESTATED.longest_response <= pair.positions

@@ -192,7 +192,7 @@ PAIRS = {
             "responses of several hundred tokens",
             stages={
                 "long": Stage(
-                    str(QUICKSTART / "long"), {"long": (16, HARD)}, 500, 7e-4, 0
+                    str(QUICKSTART / "long"), {"long": (12, (1,) * 8)}, 200, 7e-4, 0
                 ),
                 "short": unchanged("short"),
             },

@@ -139,14 +139,18 @@ def walk(query: str) -> list[str]:
 
 
 def restated(query: str) -> str:
-    """Return the steps, each seven times; a digit says how often it was written.
+    """Return the steps, then the last one again, five times for every step.
 
-    `7+5=217+5=227+5=23` and so on, `;` between two steps: 42 tokens an operation.
+    Numbered from the number of steps down, so that what comes next is told by what is
+    near: `7+5=2;2*3=6`, `212*3=6`, `222*3=6` to `252*3=6`, `112*3=6` to `152*3=6`.
     """
-    return ";".join(
-        step + "".join(f"{n}{step}" for n in range(1, 7))
-        for step in chains.steps(query)
-    )
+    steps = chains.steps(query)
+    again = [
+        f"{down % 10}{up}{steps[-1]}"
+        for down in range(len(steps), 0, -1)
+        for up in range(1, 6)
+    ]
+    return ";".join(steps) + "".join(again)
 
 
 CHAINS = Task(
