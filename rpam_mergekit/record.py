@@ -135,7 +135,10 @@ def record_of(
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
         **further(config),
-        "thinking": _thinking(request.template.thinking, removed),
+        "thinking": {
+            **_thinking(request.template.thinking, removed),
+            "opens_by_itself": file.metadata.get("opens"),
+        },
         "coefficients": {
             "path": path,
             "sha256": digest_of_file(Path(file.path)),

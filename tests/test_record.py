@@ -79,7 +79,9 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
         "rpam_mergekit": __version__,
         **{name: version(name) for name in ("mergekit", "torch", "transformers")},
     }
-    assert record.pop("layers") == CoefficientsFile(coefficients).metadata["layers"]
+    file = CoefficientsFile(coefficients)
+    assert record.pop("layers") == file.metadata["layers"]
+    assert record.pop("operating_point") == file.metadata["operating_point"]
     assert record == {
         "format": 1,
         "method": "rpam",
@@ -104,6 +106,8 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
         "settings": parse_settings(config["parameters"]).problem(),
         "dtype": "float32",
         "out_dtype": None,
+        "scale": 1.0,
+        "reasoning": 0.0,
         "weight": [None, None],
         "layer_ranges": [],
         "chat_template": None,
@@ -114,6 +118,7 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
             "removed_from_template": False,
             "open": "<think>",
             "close": "</think>",
+            "opens_by_itself": None,
         },
         "coefficients": {
             "path": COEFFICIENTS.as_posix(),
