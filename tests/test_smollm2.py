@@ -194,7 +194,7 @@ def test_the_config_names_the_adapters_and_keeps_to_the_defaults():
 
 
 def test_the_adapters_are_small_and_name_their_base():
-    for pattern in train.RECIPES:
+    for pattern in train.RESPONSES:
         folder = SMOLLM2 / f"{pattern}-lora"
         config = json.loads((folder / "adapter_config.json").read_text())
         assert (config["r"], config["base_model_name_or_path"]) == (train.RANK, "base")

@@ -103,9 +103,13 @@ def experts(config: Path, cache: Path) -> tuple[Path, Path]:
 
 
 def ask_all(
-    bench: Bench, long: Path, short: Path, merged: Path, weights: Sequence[float]
+    bench: Bench,
+    long: Path,
+    short: Path,
+    merged: Path | None,
+    weights: Sequence[float],
 ) -> list[Answered]:
-    """Return what all models answered: Long, Short, merged, then the sweep."""
+    """Return what all models answered: Long, Short, merged if given, the sweep."""
 
     def mixed(weight: float) -> Make:
         return lambda: interpolated(long, short, weight)
@@ -114,7 +118,8 @@ def ask_all(
         bench.ask("long", "Long", [long], lambda: load(long)),
         bench.ask("short", "Short", [short], lambda: load(short)),
     ]
-    found.append(bench.ask("merged", "merged", [merged], lambda: load(merged)))
+    if merged is not None:
+        found.append(bench.ask("merged", "merged", [merged], lambda: load(merged)))
     for weight in weights:
         name = f"interpolated {weight:g}"
         found.append(bench.ask("sweep", name, [long, short], mixed(weight)))
@@ -160,15 +165,18 @@ def area(low: Sequence[float], high: Sequence[float]) -> float:
     return fmean(pairs)
 
 
-def english_table(bench: Bench, long: Path, short: Path, merged: Path) -> list[str]:
+def english_table(
+    bench: Bench, long: Path, short: Path, merged: Path | None
+) -> list[str]:
     """Return the log-likelihood a token of neutral.jsonl, as lines."""
     makes: dict[str, Make] = {
         "base": lambda: load(HERE / "base"),
         "Long": lambda: load(long),
         "Short": lambda: load(short),
         "their average": lambda: interpolated(long, short, 0.5),
-        "merged": lambda: load(merged),
     }
+    if merged is not None:
+        makes["merged"] = lambda: load(merged)
     rows = [["log-likelihood a token of", "chat", "text", "all"]]
     for name, make in makes.items():
         found = log_likelihoods(make(), bench.tokenizer, HERE / "neutral.jsonl")
@@ -180,7 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("merged", type=Path, help="folder of the merged model")
+    parser.add_argument(
+        "merged",
+        type=Path,
+        nargs="?",
+        help="folder of the merged model; without it, experts and sweep only",
+    )
     parser.add_argument("--split", choices=words.SPLITS, default="test")
     parser.add_argument("--queries", type=int, default=360)
     parser.add_argument("--weights", type=float, nargs="*", default=WEIGHTS)
@@ -200,15 +213,22 @@ def main() -> None:
     ]
     report = "\n\n".join("\n".join(lines) for lines in parts)
     print(f"\n{report}")
-    out = args.merged / "evaluation"
-    compare_report.write(out, found)
-    (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
-    rows = [
-        {"question": p.question, "steps": p.difficulty, "response": r.text}
-        for p, r in zip(bench.problems, answered[2].responses, strict=True)
-    ]
-    (out / "responses.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print(f"\nwritten to {out}")
+    if args.merged is not None:
+        out = args.merged / "evaluation"
+        compare_report.write(out, found)
+        (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
+        write_responses(out / "responses.jsonl", bench, answered)
+        print(f"\nwritten to {out}")
+
+
+def write_responses(path: Path, bench: Bench, answered: Sequence[Answered]) -> None:
+    """Write what Long, Short and the merged model said to every problem, by lines."""
+    shown = [one for one in answered if one.role != "sweep"]
+    with open(path, "w", encoding="utf-8") as file:
+        for number, problem in enumerate(bench.problems):
+            row = words.record(problem)
+            row |= {one.name: one.responses[number].text for one in shown}
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

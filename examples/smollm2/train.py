@@ -1,6 +1,7 @@
-"""Train one of the two experts: `python train.py long` or `python train.py short`.
+"""Train the two experts: `python train.py long`, then `short`, then `short-on`.
 
-Not needed to use them: the adapters lie beside this file. A LoRA adapter of rank 8 on
+Not needed to use them: the adapters lie beside this file. `short-on` goes on with what
+`short` has saved, mostly at one step, to be surer there. A LoRA adapter of rank 8 on
 every linear layer of base/ learns the responses of words.py, of problems in the split
 `train` only. Runs on one CPU thread in float32; seeded. Adapters are saved in bfloat16.
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 import words
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
@@ -29,17 +30,23 @@ Example = tuple[list[int], list[int]]  # tokens of prompt and response
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an expert is trained; `mix` weighs the difficulties."""
+    """How an expert is trained; `mix` weighs the difficulties.
+
+    The learning rate falls so that it would be at its lowest after `decay` steps.
+    """
 
     steps: int
+    decay: int
     batch: int
     learning_rate: float
     mix: tuple[float, ...]
+    goes_on: bool = False  # from the adapter that is there
 
 
 RECIPES = {
-    "long": Recipe(240, 4, 1.5e-3, (1, 1, 1.5, 1.5, 2, 2)),
-    "short": Recipe(250, 10, 1.5e-3, (8, 8, 0.5, 0.5, 0.5, 0.5)),
+    "long": Recipe(200, 240, 4, 1.5e-3, (1, 1, 1.5, 1.5, 2, 2)),
+    "short": Recipe(200, 250, 10, 1.5e-3, (8, 8, 0.5, 0.5, 0.5, 0.5)),
+    "short-on": Recipe(70, 70, 16, 1e-3, (10, 2, 0.5, 0.5, 0.5, 0.5), True),
 }
 RESPONSES = {"long": words.long_response, "short": words.short_response}
 
@@ -108,14 +115,18 @@ def predict(model, packed: Packed) -> torch.Tensor:
     return inner.lm_head(hidden[0, packed.at])
 
 
-def training_examples(tokenizer, pattern: str, seed: int):
+def training_examples(tokenizer, name: str, seed: int):
     """Yield examples of the split `train` without end, in the recipe's mix."""
-    rng = random.Random(f"{pattern}-{seed}")
+    rng = random.Random(f"{name}-{seed}")
     while True:
-        difficulty = rng.choices(words.DIFFICULTIES, RECIPES[pattern].mix)[0]
+        difficulty = rng.choices(words.DIFFICULTIES, RECIPES[name].mix)[0]
         problem = words.draw(difficulty, rng)
         if words.split(problem.question) == "train":
-            yield encode(tokenizer, problem, pattern)
+            yield encode(tokenizer, problem, pattern_of(name))
+
+
+def pattern_of(name: str) -> str:
+    return name.partition("-")[0]
 
 
 @torch.no_grad()
@@ -137,17 +148,17 @@ def validate(model, tokenizer, pattern: str, each: int) -> dict[int, float]:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the rate of a step: ten of warm-up, then a cosine down to 2 %."""
-    cosine = math.cos(math.pi / 2 * step / recipe.steps)
+    """Return the rate of a step: ten of warm-up, then a cosine towards 2 %."""
+    cosine = math.cos(math.pi / 2 * step / recipe.decay)
     return recipe.learning_rate * min(1, (step + 1) / 10) * max(0.02, cosine)
 
 
-def train(model, tokenizer, pattern: str, seed: int, out: Path, every: int) -> None:
+def train(model, tokenizer, name: str, seed: int, out: Path, every: int) -> None:
     """Train the adapters of `model`; save them, and what was measured, into `out`."""
-    recipe = RECIPES[pattern]
+    recipe, pattern = RECIPES[name], pattern_of(name)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
-    examples = training_examples(tokenizer, pattern, seed)
+    examples = training_examples(tokenizer, name, seed)
     tokens, losses = 0, []
     for step in range(recipe.steps):
         packed = pack([next(examples) for _ in range(recipe.batch)])
@@ -189,11 +200,28 @@ def save(model, out: Path) -> None:
     (out / "README.md").unlink(missing_ok=True)  # peft's model card, empty
 
 
+def adapted(model, adapter: Path | None):
+    """Return `model` with an adapter to train: a new one, or that of a folder."""
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return model
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pattern", choices=RECIPES)
+    parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--out", type=Path, help="folder; default: as committed")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,15 +231,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
-    out = args.out or HERE / f"{args.pattern}-lora"
-    train(model, tokenizer, args.pattern, args.seed, out, args.every)
+    out = args.out or HERE / f"{pattern_of(args.name)}-lora"
+    model = adapted(model, out if RECIPES[args.name].goes_on else None)
+    train(model, tokenizer, args.name, args.seed, out, args.every)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="JSONL to write")
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--queries", type=int, default=400)
+    parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     found = problems(args.queries, args.split, args.seed)
