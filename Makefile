@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := examples/quickstart
+SMOLLM2 := examples/smollm2
 
-.PHONY: help quickstart test lint evidence clean
+.PHONY: help quickstart smollm2 test lint evidence clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/installed: pyproject.toml constraints.txt startup/rpam_mergekit.pth
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,11 @@ $(VENV)/installed: pyproject.toml constraints.txt startup/rpam_mergekit.pth
 quickstart: $(VENV)/installed  ## Merge the pair in examples/quickstart and evaluate it
 	$(BIN)/mergekit-yaml $(QUICKSTART)/rpam.yml $(QUICKSTART)/out
 	$(BIN)/python $(QUICKSTART)/evaluate.py $(QUICKSTART)/out
+
+smollm2: $(VENV)/installed  ## Fetch SmolLM2, merge and evaluate the pair in examples/smollm2
+	$(BIN)/python $(SMOLLM2)/base.py
+	$(BIN)/mergekit-yaml $(SMOLLM2)/rpam.yml $(SMOLLM2)/out --lora-merge-cache $(SMOLLM2)/experts
+	$(BIN)/python $(SMOLLM2)/evaluate.py $(SMOLLM2)/out
 
 test: $(VENV)/installed  ## Run the tests
 	$(BIN)/python -m pytest -n 2
@@ -31,5 +37,6 @@ evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidenc
 	$(BIN)/python benchmarks/lab/study.py $(if $(QUICK),--quick --results build/evidence)
 	$(BIN)/python benchmarks/lab/evidence.py $(if $(QUICK),--results build/evidence --docs build/evidence)
 
-clean:  ## Remove the environment and the quickstart's output
+clean:  ## Remove the environment and the examples' output
 	rm -rf $(VENV) $(QUICKSTART)/out
+	rm -rf $(addprefix $(SMOLLM2)/,base cache experts out)

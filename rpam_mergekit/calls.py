@@ -116,6 +116,34 @@ class Recording:
                 )
 
 
+class Standing:
+    """Lets all `layers` return `hidden` while it is entered, whatever they are given.
+
+    `leftovers` as in `Recording`.
+    """
+
+    def __init__(
+        self, layers: torch.nn.ModuleList, hidden: torch.Tensor, leftovers: int | None
+    ) -> None:
+        self.layers = layers
+        self.hidden = hidden
+        self.leftovers = leftovers
+
+    def __enter__(self) -> Standing:
+        for layer in self.layers:
+            layer.forward = self._forward
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+    def _forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        if self.leftovers is None:
+            return self.hidden
+        return (self.hidden, *(_Leftover() for _ in range(self.leftovers)))
+
+
 def refuse_layer(model: str, index: int, given: str) -> NoReturn:
     """Raise `RpamError`: a layer depends on more than hidden states."""
     raise RpamError(

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rpam_mergekit.errors import RpamError, first_line
+from rpam_mergekit.routing_report import NOTE, summary, table, warnings
 from rpam_mergekit.settings import PRESETS, RpamSettings
 
 START, END = "<!-- rpam -->", "<!-- /rpam -->"
@@ -55,6 +56,7 @@ def complete(
             *_thinking(record),
             *_settings(record),
             *_calibration(record),
+            *_routing(record),
             *_layers(record),
             *_reproduce(record, recipe),
             *_comparison(comparison),
@@ -204,6 +206,26 @@ def _calibration(record: Mapping[str, Any]) -> list[str]:
         f"`{calibration['digest']}`.",
         "",
     ]
+
+
+def _routing(record: Mapping[str, Any]) -> list[str]:
+    """Return what was measured of the merge without generating anything."""
+    point = record.get("operating_point")
+    if not point:
+        return []
+    lines = [f"Measured by log-likelihoods: this merge {summary(point)}."]
+    if not point.get("held_out"):
+        lines = [f"{summary(point).capitalize()}."]
+    scale = record.get("scale", point.get("scale"))
+    if scale is not None and scale != 1:
+        lines.append(f"The solved coefficients are multiplied by {scale:g}.")
+    lines += [
+        f"Warning: {text}" for text in warnings(point, record.get("layers") or [])
+    ]
+    if point.get("held_out"):
+        head, rows = table(point)
+        lines += ["", *_table(head, rows), "", f"{NOTE}."]
+    return [*lines, ""]
 
 
 def _layers(record: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,7 @@ class _Group(click.Group):
         # After `activate`: it takes the name `run_merge` from mergekit at its import.
         from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-        mergekit_yaml.help = """Run the merge that CONFIG_FILE describes into OUT_PATH.
-
-        This is mergekit-yaml with all its options, with the method 'rpam' registered:
-        the route that needs no start-up file.
-        """
-        return mergekit_yaml
+        return _merge_command(mergekit_yaml)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -88,6 +84,26 @@ class _Group(click.Group):
         rows.sort(key=lambda row: self.list_commands(ctx).index(row[0]))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _merge_command(mergekit_yaml: click.Command) -> click.Command:
+    """Return mergekit-yaml under our name; merges by any method work offline."""
+    from rpam_mergekit.record import folders_are_local
+
+    command = copy.copy(mergekit_yaml)
+    command.help = """Run the merge that CONFIG_FILE describes into OUT_PATH.
+
+    This is mergekit-yaml with all its options, with the method 'rpam' registered: the
+    route that needs no start-up file.
+    """
+
+    def callback(*arguments: Any, **options: Any) -> Any:
+        assert mergekit_yaml.callback is not None
+        with folders_are_local():
+            return mergekit_yaml.callback(*arguments, **options)
+
+    command.callback = callback
+    return command
 
 
 def _local(argument: str) -> str:

@@ -127,7 +127,7 @@ class _Export:
         self.config, self.request = planned.config, planned.request
         self.layout, self.fixed = planned.layout, planned.fixed
         self.say = planned.say
-        self.file = CoefficientsFile(path)
+        self.file = CoefficientsFile(path, self.request.settings.reasoning)
         asked = dataclasses.replace(self.request, calibration=None)
         made_from = fingerprint_of(asked, self.fixed, self.config, [])
         reusable(path, made_from, asked, self.layout)

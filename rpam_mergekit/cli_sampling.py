@@ -39,16 +39,18 @@ def marker_options(function):
             "opened_by_prompt",
             default=None,
             help="Whether the chat template already opens the thinking (as those of "
-            "DeepSeek-R1 and Qwen3-Thinking-2507 do). Found out where possible; a "
-            "server does not tell.",
+            "DeepSeek-R1 and Qwen3-Thinking-2507 do), where that cannot be found out: "
+            "of a served model whose tokenizer is not at hand, and of files that do "
+            "not say it.",
         ),
         click.option(
             "--think-close",
-            help="Marker that closes the thinking. [default: </think>]",
+            help="Marker that closes the thinking. [default: as it is opened]",
         ),
         click.option(
             "--think-open",
-            help="Marker that opens the thinking. [default: <think>]",
+            help="Marker that opens the thinking. [default: the chat template's or the "
+            "file's, else <think>]",
         ),
     ):
         function = option(function)
@@ -162,7 +164,10 @@ def grader_options(function):
     help='JSON object of further fields of a request, such as {"min_p": 0.05}.',
 )
 @click.option(
-    "--tokenizer", help="Counts tokens where a server does not: model or folder."
+    "--tokenizer",
+    help="Of the served model: folder or Hub name. Its chat template says whether the "
+    "thinking is opened, and it counts tokens where the server does not. [default: "
+    "MODEL's, only for the template]",
 )
 @click.option(
     "--device",
@@ -193,8 +198,9 @@ def sample(model: str, dataset: str, out: Path, **options: Any) -> None:
     """Sample K graded responses per query of a data set from MODEL.
 
     MODEL is the name under which a server (--base-url) serves it, else a folder or a
-    Hub name. Finished queries are appended to --out as they come; after a stop of any
-    kind, the same command goes on where it was. A changed setting is refused.
+    Hub name, with @REVISION or +ADAPTER (LoRA) as in mergekit's configs. Finished
+    queries are appended to --out as they come; after a stop of any kind, the same
+    command goes on where it was. A changed setting is refused.
 
     \b
       vllm serve Qwen/Qwen3-4B-Thinking-2507 --port 8000
@@ -293,6 +299,12 @@ class _SeveralExcludes(click.Command):
 @click.option("--balance", is_flag=True, help="As many queries of either pattern.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
+    "--prompts-only",
+    is_flag=True,
+    help="Write no responses, for a merge with 'tokens: prompt'; it does not matter "
+    "then whether Long's think.",
+)
+@click.option(
     "--by",
     help="Field of the data set's rows (such as level): also show the share of "
     "'short' per value.",
@@ -309,7 +321,8 @@ def label(long: Path, short: Path, out: Path, **options: Any) -> None:
 
     A query is labelled 'long' where the Long-CoT model is right more often by over
     half a response, else 'short'; queries that neither solves are left out. The
-    positive model's shortest correct response is kept.
+    positive model's shortest correct response is kept: of Long one that thinks.
+    'long' queries that have none are left out, too.
 
     LONG and SHORT are sample files of the two models on the same queries; those of
     lm-eval and the minimal format of 'grade' do too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ class TensorFigures:
 
 @dataclass(frozen=True)
 class CoefficientReport:
-    """All figures of a file; `layers` as the pre-pass reported them."""
+    """All figures of a file; `layers` and `point` as the pre-pass reported them.
+
+    point: the record of a `routing.OperatingPoint`, empty in files of before.
+    """
 
     path: str
     models: Mapping[str, str]
@@ -44,6 +47,7 @@ class CoefficientReport:
     version: str
     layers: Sequence[Mapping[str, Any]]
     tensors: Sequence[TensorFigures]
+    point: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def initial(self) -> float:
@@ -86,6 +90,7 @@ def read_report(path: str | Path) -> CoefficientReport:
         version=str(file.metadata.get("version", "")),
         layers=file.metadata.get("layers", []),
         tensors=tensors,
+        point=file.metadata.get("operating_point") or {},
     )
 
 

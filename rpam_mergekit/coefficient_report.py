@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rpam_mergekit import routing_report
 from rpam_mergekit.coefficient_figures import OUTSIDE, CoefficientReport
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.extras import needs
@@ -30,8 +31,30 @@ def text(report: CoefficientReport) -> str:
         *aligned([_MODULE_HEAD, *module_rows(report)]),
         "",
         *_NOTES,
+        "",
     ]
-    return "\n".join(lines)
+    for head, rows in _routing_tables(report):
+        lines += aligned([head, *rows])
+    return "\n".join([*lines, *_routing_lines(report)])
+
+
+def _routing_tables(
+    report: CoefficientReport,
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the routing table, if anything was held out."""
+    return [routing_report.table(report.point)] if report.point.get("held_out") else []
+
+
+def _routing_lines(report: CoefficientReport) -> list[str]:
+    """Return what is said of the merge's routing."""
+    found = [routing_report.summary(report.point)]
+    if report.point.get("held_out"):
+        found = [
+            routing_report.NOTE,
+            routing_report.operating_point(report.point),
+            *found,
+        ]
+    return [*found, *routing_report.warnings(report.point, report.layers)]
 
 
 def _models(report: CoefficientReport) -> dict[str, str]:
@@ -47,6 +70,7 @@ _NOTES = (
     "coefficients are shares of the other model: 0 is the base; quantiles are means "
     "over the layers",
     "departure: mean distance from the initial weight",
+    "heaviest token: what share of a query's objective lies on one token",
 )
 
 
@@ -60,6 +84,7 @@ def layer_rows(report: CoefficientReport) -> tuple[list[str], list[list[str]]]:
         "closed",
         "mean coefficient",
         "departure",
+        "heaviest token",
     ]
     rows = []
     for layer in report.layers:
@@ -75,6 +100,7 @@ def layer_rows(report: CoefficientReport) -> tuple[list[str], list[list[str]]]:
                 closed.replace("%", " %"),
                 f"{layer['mean_coefficient']:.3f}",
                 f"{report.moved(layer['layer']):.3f}",
+                f"{layer['heaviest_token']:.0%}" if "heaviest_token" in layer else "-",
             ]
         )
     return head, rows
@@ -180,6 +206,9 @@ def page(report: CoefficientReport) -> str:
             "<h2>Modules</h2>",
             _html_table(_MODULE_HEAD, module_rows(report)),
             *(f"<p>{html.escape(note)}.</p>" for note in _NOTES),
+            "<h2>Routing</h2>",
+            *(_html_table(*table) for table in _routing_tables(report)),
+            *(f"<p>{html.escape(line)}</p>" for line in _routing_lines(report)),
             "<h2>Settings</h2>",
             _html_table(["setting", "value"], settings),
             "</body></html>",

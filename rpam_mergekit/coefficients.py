@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.routing import scale_of
 
 FORMAT = 1
 METADATA_KEY = "rpam_mergekit"
@@ -124,6 +125,16 @@ def coefficient(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
+def scaled(parts: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """Return the parts of the coefficient that is `scale` times that of `parts`."""
+    if scale == 1:
+        return dict(parts)
+    return {
+        part: value if part == "right" else value * scale
+        for part, value in parts.items()
+    }
+
+
 def in_file(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a part as the file has it: fields in `dtype`, scalars in float32."""
     return value.to(dtype) if value.dim() else value
@@ -171,11 +182,13 @@ def write_coefficients(
 class CoefficientsFile:
     """A coefficients file opened for reading, one tensor at a time.
 
-    Reading is safe from several threads. Raises `RpamError` if the file is missing,
-    not a coefficients file, or of a later format.
+    The file holds the coefficients as they were solved; what is read is scaled to the
+    operating point that the pre-pass chose, shifted by the setting `reasoning`. Reading
+    is safe from several threads. Raises `RpamError` if the file is missing, not a
+    coefficients file, or of a later format.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, reasoning: float = 0.0) -> None:
         self.path = str(path)
         try:
             self._file = safe_open(self.path, framework="pt")
@@ -195,6 +208,11 @@ class CoefficientsFile:
                 f"{self.path}: format {self.metadata['format']}, but this version "
                 f"reads up to {FORMAT}. Upgrade rpam-mergekit."
             )
+        patterns = self.metadata.get("fingerprint", {}).get("patterns", ["long"])
+        self.scale = scale_of(
+            self.metadata.get("operating_point"), reasoning, patterns[0] == "long"
+        )
+        self._unscaled = set(self.metadata.get("unscaled", []))
         self._parts: dict[str, list[str]] = {}
         for key in self._file.keys():
             name, _, part = key.rpartition("/")
@@ -207,6 +225,10 @@ class CoefficientsFile:
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """Return the parts of one tensor's coefficient, in float32 on the CPU."""
+        return scaled(self.solved(name), 1 if name in self._unscaled else self.scale)
+
+    def solved(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the parts as they were solved, not scaled."""
         if name not in self._parts:
             raise RpamError(f"{self.path}: no coefficients for tensor {name}")
         return {
@@ -221,12 +243,12 @@ class CoefficientsFile:
         )
 
 
-def open_coefficients(path: str | Path) -> CoefficientsFile:
+def open_coefficients(path: str | Path, reasoning: float = 0.0) -> CoefficientsFile:
     """Return the file, opened once for as long as it is not replaced."""
     stat = os.stat(path)
-    return _open(str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return _open(str(path), reasoning, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 _open: Callable[..., CoefficientsFile] = functools.lru_cache(maxsize=4)(
-    lambda path, *_identity: CoefficientsFile(path)
+    lambda path, reasoning, *_identity: CoefficientsFile(path, reasoning)
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,25 @@ import click
 from rpam_mergekit import __version__, label_report, labeling
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.extras import needs
-from rpam_mergekit.intake import Intake, grader_of, markers_of, tokenizer_of
+from rpam_mergekit.intake import Intake, grader_of, tokenizer_of
 from rpam_mergekit.leaks import read_guard
-from rpam_mergekit.questions import QuestionSet, load_questions
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.questions import Question, QuestionSet, load_questions
 from rpam_mergekit.rows import Dataset
-from rpam_mergekit.samples import SampleReader, SampleWriter, check_folder
+from rpam_mergekit.samples import (
+    SampleReader,
+    SampleWriter,
+    check_folder,
+    is_sample_file,
+)
 from rpam_mergekit.sampling import Backend, SamplingSettings, Tally
 from rpam_mergekit.sampling import run as sample_all
+from rpam_mergekit.turns import (
+    check_questions,
+    continued,
+    thinking_header,
+    turns_here,
+    turns_served,
+)
 
 
 async def run_sample(
@@ -35,23 +48,18 @@ async def run_sample(
         max_tokens=o["max_tokens"],
         seed=o["seed"],
     )
-    markers = markers_of(o)
     check_folder(out)
     questions = questions_of(dataset, o)
-    for note in questions.notes:
-        click.echo(f"note: {note}", err=True)
+    _say(questions.notes)
     asked = questions.questions[: o["limit"]]
-    backend, identity = await _backend(model, settings, markers, extra_body, o)
+    known = _header_of(out)
+    backend, identity = await _backend(model, settings, asked, known, extra_body, o)
     header = {
         "model": model,
         **identity,
         "dataset": questions.description,
         "sampling": {**settings.model_dump(), "extra_body": extra_body},
-        "thinking": {
-            "open": markers.open,
-            "close": markers.close,
-            "opened_by_prompt": backend.opened_by_prompt,
-        },
+        "thinking": thinking_header(backend.markers, backend.opening),
         "software": _software(),
     }
     with SampleWriter(out, header) as writer:
@@ -65,11 +73,10 @@ async def run_sample(
             )
         if left:
             with grader_of(o) as grader:
-                await sample_all(backend, asked, writer, grader, markers, tally)
+                await sample_all(backend, asked, writer, grader, tally)
         if not writer.finished:
             writer.finish()
-    for note in backend.notes:
-        click.echo(f"note: {note}", err=True)
+    _say(backend.notes)
     click.echo("\n".join(tally.lines()))
     click.echo(f"written to {out}")
 
@@ -95,11 +102,15 @@ def questions_of(dataset: str, o: dict[str, Any]) -> QuestionSet:
 async def _backend(
     model: str,
     settings: SamplingSettings,
-    markers: Markers,
+    asked: Sequence[Question],
+    known: Mapping[str, Any],
     extra_body: dict[str, Any],
     o: dict[str, Any],
 ) -> tuple[Backend, dict[str, Any]]:
-    """Return the backend, and what identifies the model in the file's header."""
+    """Return the backend, and what identifies the model in the file's header.
+
+    `known` is the header of the file that the run goes on with, if there is one.
+    """
     if o["base_url"]:
         from rpam_mergekit.server import ServerBackend, ServerOptions
 
@@ -115,30 +126,35 @@ async def _backend(
                 requests_per_minute=o["requests_per_minute"],
                 tokenizer=tokenizer,
             ),
-            markers,
             extra_body,
-            o["opened_by_prompt"],
         )
         await server.check()
+        names = [model, *server.roots]
+        turns = turns_served(names, tokenizer, asked[0].messages, o, extra_body)
+        turns = continued(turns, known, o)
+        _say(turns.notes)
+        server.heed(turns)
         return server, {"backend": "server"}
     from rpam_mergekit.generation import (
         ModelOptions,
         TransformersBackend,
         local_digest,
+        read_tokenizer,
     )
 
+    options = ModelOptions(
+        revision=o["revision"],
+        device=o["device"],
+        dtype=o["dtype"],
+        batch_size=o["batch_size"],
+        trust_remote_code=o["trust_remote_code"],
+    )
+    tokenizer = read_tokenizer(model, options)
+    check_questions(model, asked, tokenizer, o["system"])
+    turns = turns_here(model, tokenizer, asked[0].messages, o)
+    _say(turns.notes)
     backend = TransformersBackend(
-        model,
-        settings,
-        ModelOptions(
-            revision=o["revision"],
-            device=o["device"],
-            dtype=o["dtype"],
-            batch_size=o["batch_size"],
-            trust_remote_code=o["trust_remote_code"],
-        ),
-        markers,
-        o["opened_by_prompt"],
+        model, settings, options, turns.markers, turns.opening, tokenizer
     )
     return backend, {
         "backend": "transformers",
@@ -153,6 +169,10 @@ async def _backend(
 async def run_grade(source: Path, out: Path, **options: Any) -> None:
     """Grade the responses of `source` anew into `out`."""
     reader = Intake(source, options, regrade=True)
+    said, opened = options["opened_by_prompt"], bool(reader.opening)
+    if said is not None and said != opened:
+        flag = "--opened-by-prompt" if said else "--not-opened-by-prompt"
+        _say([f"{flag} is not heeded: {source} itself tells otherwise"])
     tally = Tally()
     with SampleWriter(out, {**reader.header, "software": _software()}) as writer:
         if writer.finished:
@@ -187,7 +207,10 @@ async def run_label(long: Path, short: Path, out: Path, **options: Any) -> None:
     if models[0] is not None and models[0] == models[1]:
         click.echo(f"note: both files are of the model {models[0]}", err=True)
     for reader in readers:
-        kept = [labeling.Candidate.of(query) async for query in reader.queries()]
+        kept = [
+            labeling.Candidate.of(query, reader.markers)
+            async for query in reader.queries()
+        ]
         _check_finished(reader, len(kept), o["partial"])
         candidates.append(kept)
     labels = labeling.label(
@@ -197,6 +220,7 @@ async def run_label(long: Path, short: Path, out: Path, **options: Any) -> None:
         per_pattern=o["per_pattern"],
         balance=o["balance"],
         seed=o["seed"],
+        responses=not o["prompts_only"],
     )
     click.echo(label_report.table(labels, guard))
     if o["by"]:
@@ -256,6 +280,19 @@ def run_report(coefficients: Path, out: Path) -> None:
     click.echo(coefficient_report.text(found))
     coefficient_report.write(out, found)
     click.echo(f"written to {out}")
+
+
+def _say(notes: Iterable[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    """Return the header of a sample file to go on with, nothing if there is none."""
+    with contextlib.suppress(RpamError):  # torn, or not ours: the writer says so
+        if path.is_file() and is_sample_file(path):
+            return SampleReader(path).header
+    return {}
 
 
 def _check_finished(reader: Intake, queries: int, partial: bool) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.responses import CLOSED, NONE
+from rpam_mergekit.responses import CLOSED, THINKING
 from rpam_mergekit.samples import SampledQuery
 from rpam_mergekit.yardsticks import Point, Yardsticks, upper_hull
 
@@ -56,7 +56,7 @@ class QueryFigures:
         return cls(
             accuracy=query.accuracy,
             tokens=query.tokens,
-            thinking=sum(state != NONE for state in states) / len(states),
+            thinking=sum(state in THINKING for state in states) / len(states),
             closed=states.count(CLOSED) / len(states),
             cut_off=sum(r.finish == "length" for r in responses) / len(responses),
             counts=tuple(r.tokens for r in responses if r.tokens is not None),

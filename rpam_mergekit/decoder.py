@@ -26,6 +26,7 @@ from rpam_mergekit.calls import (
     AllLayersCalled,
     Call,
     Recording,
+    Standing,
     WrongInput,
     refuse_layer,
 )
@@ -192,12 +193,38 @@ class Decoder:
         output = output[0] if isinstance(output, (tuple, list)) else output
         return output.to(hidden.dtype)
 
+    def logits(
+        self, outside: Mapping[str, torch.Tensor], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the float32 logits (tokens, vocabulary) of a decoder's output.
+
+        hidden: (tokens, width), what the last layer returned, of any queries: what
+        follows the layers (final norm, head) looks at single tokens. outside: as for
+        `record`, with the weights after the layers. Differentiable in `hidden`. A batch
+        must have been recorded before.
+        """
+        weights = self._outside_by_module(outside, tracked=False)
+        for tied, source in self.model.all_tied_weights_keys.items():
+            if tied not in weights and source in weights:
+                weights[tied] = weights[source]
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        arguments = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "use_cache": False,
+        }
+        with Standing(self.layers, hidden[None], self._leftovers):
+            output = functional_call(
+                self.model, weights, (), arguments, tie_weights=False
+            )
+        return output.logits[0].float()
+
     def _outside_by_module(
-        self, outside: Mapping[str, torch.Tensor]
+        self, outside: Mapping[str, torch.Tensor], tracked: bool = True
     ) -> dict[str, torch.Tensor]:
         """Return `outside` under the model's own names, which may have a prefix.
 
-        They track gradients, which tells what is made from them.
+        They track gradients, which tells what is made from them; unless not `tracked`.
         """
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
@@ -206,7 +233,8 @@ class Decoder:
             matches = [o for o in own if _is_named(o, name)]
             if len(matches) == 1:
                 value = value.detach()
-                named[matches[0]] = value.requires_grad_(value.is_floating_point())
+                floating = value.is_floating_point()
+                named[matches[0]] = value.requires_grad_(tracked and floating)
         return named
 
 

@@ -16,6 +16,7 @@ import torch
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.granularity import count_numbers
 from rpam_mergekit.prompts import Batch
+from rpam_mergekit.routing import SCALES
 from rpam_mergekit.settings import RpamSettings
 
 FLOAT = 4  # bytes
@@ -63,7 +64,9 @@ def count_work(
     """Return what the pre-pass of `experts` models, the base included, computes.
 
     Every expert goes through each layer once, the merged model twice, to know the gap
-    before and after; an epoch is a forward and a backward pass, twice as long.
+    before and after; a step is a forward and a backward pass, twice as long, over one
+    batch. Held-out queries, and as many that are solved on, go once through each layer
+    by every expert and at every scale.
     """
     layers = len(decoder.layers)
     optimised = max(1, round(settings.layers * layers))
@@ -73,13 +76,14 @@ def count_work(
     numbers = sum(
         count_numbers(p.shape, settings.granularity, settings.rank) for p in every
     )
-    steps = settings.epochs * len(batches) * optimised / layers
+    steps = settings.steps_of(len(batches)) * optimised / layers
     forward = sum(_forward(decoder, batch) for batch in batches)
-    epochs = 3 * settings.epochs * optimised / layers
+    passes = 3 * steps / len(batches)
+    passes += 2 * settings.held_out * (experts + len(SCALES))
     fields = 0 if settings.granularity != "low_rank" else 6 * settings.rank
     others = experts - 1
     return Work(
-        forward * (once + epochs) + fields * weights * steps * others,
+        forward * (once + passes) + fields * weights * steps * others,
         PASSES * FLOAT * (weights * (steps + 2) + numbers * steps) * others,
         sum(batch.input_ids.numel() for batch in batches),
     )

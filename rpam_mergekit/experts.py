@@ -102,6 +102,12 @@ class ExpertWeights:
         device = str(self.decoder.device)
         return load(model, self.layout.entering, self.dtype, device)
 
+    def outside(self, expert: int) -> Weights:
+        """Return all of an expert's weights outside the layers; 0 is the base."""
+        model = self.models.every[expert]
+        device = str(self.decoder.device)
+        return load(model, self.layout.outside, self.dtype, device)
+
     def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
         """Return a layer's names within itself by full name, and all experts'."""
         infos = self.layout.layers[index]

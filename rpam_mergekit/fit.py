@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.hub import is_hub_path, local_path
 from rpam_mergekit.memory import return_freed_memory
+from rpam_mergekit.opening import opening_warning
 from rpam_mergekit.planned import Planned, make_room
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.reuse import (
@@ -22,6 +24,7 @@ from rpam_mergekit.reuse import (
     unfinished,
     write_solution,
 )
+from rpam_mergekit.routing_report import closing_text
 from rpam_mergekit.solved import (
     LayerReport,
     SolvedElsewhere,
@@ -109,17 +112,40 @@ def _solve(
             f"by a run that did not end; going on behind them ({solved.folder})"
         )
     planned.say(f"rpam: {make_room(prepass, solved.folder)}")
-    solution = prepass.run(solved)
+    opens = _opening(planned, prepass)
+    solution = replace(prepass.run(solved), opens=opens)
     if first:
-        write_solution(path, solution, planned.models, fingerprint)
+        write_solution(path, solution, planned.models, planned.layout, fingerprint)
         planned.say(layer_table(solution.layers))
+        planned.say(
+            closing_text(
+                solution.operating_point.record(), [asdict(r) for r in solution.layers]
+            )
+        )
         solved.remove()
     planned.processes.tell(None)  # nobody leaves before the file is there
 
 
+def _opening(planned: Planned, prepass: PrePass) -> float | None:
+    """Return how likely Long opens its thinking by itself; say it if it is not.
+
+    None where its template lets it: its responses show that it does.
+    """
+    if not planned.request.template.thinking.takes_out:
+        return None
+    opens = prepass.opening_probability()
+    if opens is not None:
+        models = planned.models
+        model = str(models.every[models.patterns.index("long")])
+        if warning := opening_warning(opens, model):
+            planned.say(f"rpam: {warning}")
+    return opens
+
+
 def layer_table(reports: Sequence[LayerReport]) -> str:
     """Return one line per layer: divergence, gap before and after, coefficient."""
-    head = ["layer", "divergence", "gap before", "gap after", "mean coefficient", ""]
+    head = ["layer", "divergence", "gap before", "gap after", "mean coefficient"]
+    head += ["heaviest token", ""]
     rows = [
         [
             str(r.layer),
@@ -127,6 +153,7 @@ def layer_table(reports: Sequence[LayerReport]) -> str:
             f"{r.gap_before:.4f}",
             f"{r.gap_after:.4f}",
             f"{r.mean_coefficient:.4f}",
+            f"{r.heaviest_token:.0%}",
             "" if r.optimised else "not optimised",
         ]
         for r in reports
@@ -134,6 +161,7 @@ def layer_table(reports: Sequence[LayerReport]) -> str:
     lines = aligned([head, *rows])
     lines.append(
         "gap: squared distance to the expert each query should follow; 1 is the "
-        "distance of the other expert"
+        "distance of the other expert. heaviest token: what share of a query's "
+        "objective lies on one token"
     )
     return "\n".join(lines)

@@ -13,6 +13,7 @@ had to be split) computes with other roundings and may change a response.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.common import ModelPath, ModelReference
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,8 +36,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prompts import prompt_ids, prompt_text
+from rpam_mergekit.errors import RpamError, first_line
+from rpam_mergekit.prompts import prompt_ids
 from rpam_mergekit.questions import Question
 from rpam_mergekit.responses import Markers
 from rpam_mergekit.sampling import Generated, SamplingSettings
@@ -112,36 +114,23 @@ class TransformersBackend:
         settings: SamplingSettings,
         options: ModelOptions,
         markers: Markers,
-        opened_by_prompt: bool | None = None,
+        opening: str | None = "",
+        tokenizer: Any = None,
     ) -> None:
         self.settings = settings
         self.options = options
+        self.markers, self.opening = markers, opening
         self.notes: dict[str, None] = {}
         self.retries = 0
         self.device = _device(options.device)
-        common: dict[str, Any] = {
-            "revision": options.revision,
-            "trust_remote_code": options.trust_remote_code,
-        }
-        try:
-            AutoConfig.from_pretrained(model, **common)
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **common)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                model,
-                dtype=options.dtype,
-                device_map="auto" if options.device == "auto-map" else None,
-                **common,
-            ).eval()
-        except (OSError, ValueError) as error:
-            raise RpamError(f"MODEL: cannot load {model}: {error}") from None
+        self.tokenizer = (
+            read_tokenizer(model, options) if tokenizer is None else tokenizer
+        )
+        self.model = _read_model(model, options)
         if options.device != "auto-map":
             self.model.to(self.device)
         self._ends = self._end_tokens()
         self._stopping = threading.Event()
-        if opened_by_prompt is None:
-            probe = prompt_text([{"role": "user", "content": "?"}], self.tokenizer)
-            opened_by_prompt = probe.rstrip().endswith(markers.open)
-        self.opened_by_prompt: bool | None = opened_by_prompt
 
     async def sample(
         self, questions: Sequence[Question], done: set[int]
@@ -288,12 +277,97 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def reference_of(model: str, revision: str | None = None) -> ModelReference:
+    """Return the model that a name means, as in mergekit's configs.
+
+    A folder, or ``NAME[@REVISION][+ADAPTER[@REVISION]]``. Raises `RpamError` if it is
+    none, or if `revision`, of --revision, is another.
+    """
+    if Path(model).is_dir():
+        return ModelReference(model=ModelPath(path=model, revision=revision))
+    try:
+        found = ModelReference.parse(model)
+    except (RuntimeError, ValueError) as error:
+        raise RpamError(
+            f"MODEL: found '{model}': {first_line(error)}. Expected a folder or a name "
+            "of the Hub, or NAME@REVISION, NAME+ADAPTER as in mergekit's configs."
+        ) from None
+    named = found.model.revision
+    if revision and named and revision != named:
+        raise RpamError(
+            f"--revision: found '{revision}', but MODEL names '{named}'. Leave one out."
+        )
+    path = ModelPath(path=found.model.path, revision=named or revision)
+    return ModelReference(model=path, lora=found.lora)
+
+
+def read_tokenizer(model: str, options: ModelOptions) -> Any:
+    """Return a model's tokenizer, when its config is there too."""
+    where = _where(reference_of(model, options.revision).model, options)
+    try:
+        AutoConfig.from_pretrained(**where)
+        return AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        raise RpamError(f"MODEL: cannot load {model}: {error}") from None
+
+
+def _read_model(name: str, options: ModelOptions) -> Any:
+    """Return a model, with its adapter merged into it in memory."""
+    reference = reference_of(name, options.revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            dtype=options.dtype,
+            device_map="auto" if options.device == "auto-map" else None,
+            **_where(reference.model, options),
+        )
+    except (OSError, ValueError) as error:
+        raise RpamError(f"MODEL: cannot load {name}: {error}") from None
+    if reference.lora is not None:
+        model = _adapted(model, reference)
+    return model.eval()
+
+
+def _adapted(model: Any, reference: ModelReference) -> Any:
+    """Return a model with a LoRA adapter merged into it, as mergekit does it."""
+    from peft import PeftModel
+
+    from rpam_mergekit.adapters import adapter_files
+
+    assert reference.lora is not None
+    folder = adapter_files(reference.lora)[0].parent
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        return adapted.merge_and_unload()
+    except Exception as error:  # of peft, which checks little before it computes
+        raise RpamError(
+            f"MODEL: the adapter {reference.lora} cannot be merged into "
+            f"{reference.model}: {first_line(error)}"
+        ) from error
+
+
+def _where(path: ModelPath, options: ModelOptions) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": path.path,
+        "revision": path.revision,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
 def local_digest(model: str) -> str | None:
-    """Return the digest of a local checkpoint's weights, None for a name on the Hub."""
-    if not Path(model).is_dir():
-        return None
-    from mergekit.common import ModelReference
+    """Return the digest of a local checkpoint's weights, None for a name on the Hub.
 
-    from rpam_mergekit.checkpoint import content_digest
+    Of a model with an adapter, it is one of both, wherever they lie.
+    """
+    reference = reference_of(model)
+    base = None
+    if Path(reference.model.path).is_dir():
+        from rpam_mergekit.checkpoint import content_digest
 
-    return content_digest(ModelReference.model_validate(model))
+        base = content_digest(ModelReference(model=reference.model))
+    if reference.lora is None:
+        return base
+    from rpam_mergekit.adapters import adapter_files
+    from rpam_mergekit.checkpoint import digest
+
+    both = f"{base or reference.model}\n{digest(adapter_files(reference.lora))}\n"
+    return hashlib.sha256(both.encode()).hexdigest()

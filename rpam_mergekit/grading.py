@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from rpam_mergekit.answers import Gold, is_correct, quick_verdict
 from rpam_mergekit.extras import needs
-from rpam_mergekit.responses import Markers, final_answers, thinking
+from rpam_mergekit.openings import read_turn
+from rpam_mergekit.responses import Markers, final_answers
 
 TIME_LIMIT = 10.0  # seconds per grade
 MEMORY_LIMIT = 4 * 2**30  # bytes of address space per worker
@@ -89,17 +90,18 @@ class Grader:
         texts: Sequence[str],
         finishes: Sequence[str | None],
         markers: Markers,
-        opened_by_prompt: bool | None = None,
+        opening: str | None = None,
     ) -> list[Verdict]:
-        """Return a verdict per response text of one query.
+        """Return a verdict per response of one query.
 
-        A response that was cut off by the length limit (finish reason ``length``) has
-        not answered. Equal answers are graded once.
+        `texts` are whole turns, begun with `opening`; see `openings`. A response that
+        was cut off by the length limit (finish reason ``length``) has not answered.
+        Equal answers are graded once.
         """
         pending: dict[tuple[str, ...], asyncio.Future[Verdict]] = {}
         answers_of: list[tuple[str, ...] | None] = []
         for text, finish in zip(texts, finishes, strict=True):
-            answers = answers_to_grade(text, finish, markers, opened_by_prompt)
+            answers = answers_to_grade(text, finish, markers, opening)
             answers_of.append(answers)
             if answers is not None and answers not in pending:
                 pending[answers] = asyncio.ensure_future(self._verdict(gold, answers))
@@ -136,16 +138,22 @@ def answers_to_grade(
     text: str,
     finish: str | None,
     markers: Markers,
-    opened_by_prompt: bool | None = None,
+    opening: str | None = None,
 ) -> tuple[str, ...] | None:
     """Return the answers a response gives, None if it gives none."""
     if finish == "length":
         return None
-    found = final_answers(thinking(text, markers, opened_by_prompt), text)
+    read = read_turn(text, opening, markers, has_ended(finish))
+    found = final_answers(read, text)
     found = [answer for answer in found[-8:] if answer.strip()]
     if not found or len(found[-1]) > _MOST_ANSWER:
         return None
     return tuple(answer for answer in found if len(answer) <= _MOST_ANSWER)
+
+
+def has_ended(finish: str | None) -> bool:
+    """Tell whether a response ended by itself, as far as is known."""
+    return finish in (None, "stop")
 
 
 def _prepare_worker() -> None:

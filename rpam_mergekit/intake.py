@@ -10,18 +10,28 @@ from tqdm import tqdm
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.foreign import ForeignQuery, read_foreign
-from rpam_mergekit.grading import Grader
+from rpam_mergekit.grading import Grader, has_ended
+from rpam_mergekit.openings import (
+    begun_turn,
+    closes_unopened,
+    markers_in,
+    read_turn,
+    usual_opening,
+)
 from rpam_mergekit.questions import Question
-from rpam_mergekit.responses import Markers, thinking
+from rpam_mergekit.responses import without_end
 from rpam_mergekit.samples import Response, SampledQuery, SampleReader, is_sample_file
 from rpam_mergekit.sampling import Generated, graded
+from rpam_mergekit.turns import markers_of, thinking_header
 
 
 class Intake:
-    """Sampled queries of any format, graded where they are not.
+    """Sampled queries of any format, graded where they are not; all whole turns.
 
     options: of the command, see `cli.py`; with `regrade` our own files are graded
     anew. header: that of our files. finished: known once all queries have been read.
+    markers, opening: how the model of this file thinks, and how its prompts begin it:
+    what the header says, else what options and responses tell.
     """
 
     def __init__(
@@ -32,21 +42,53 @@ class Intake:
         self.regrade = regrade
         self.finished = False
         self._ours = SampleReader(path) if is_sample_file(path) else None
+        self._rows: list[ForeignQuery] = []
         self.header: dict[str, Any] = {"model": None, "source": path.name}
         if self._ours is not None:
             self.header = dict(self._ours.header)
             del self.header["rpam_samples"]
-        known = self.header.get("thinking", {})
+        else:
+            self._rows = list(read_foreign(path))
+        known = self.header.get("thinking") or self._brackets()
         self.markers = markers_of(options, known)
-        self.opened_by_prompt = options["opened_by_prompt"]
-        if self.opened_by_prompt is None:
-            self.opened_by_prompt = known.get("opened_by_prompt")
+        self.opening = self._opening(known)
         if regrade:
-            self.header["thinking"] = {
-                "open": self.markers.open,
-                "close": self.markers.close,
-                "opened_by_prompt": self.opened_by_prompt,
-            }
+            self.header["thinking"] = thinking_header(self.markers, self.opening)
+
+    def _brackets(self) -> dict[str, str]:
+        """Return the brackets of a file without a header, as a header has them."""
+        found = markers_in(text for row in self._rows for text in row.texts)
+        return {"open": found.open, "close": found.close} if found else {}
+
+    def _opening(self, known: Mapping[str, Any]) -> str | None:
+        """Return the opening of the prompts, None if it is not known.
+
+        What --opened-by-prompt says is meant for files that do not know it. One of
+        which no response closes thinking that it has not opened is not meant.
+        """
+        if known.get("opening") is not None:
+            return known["opening"]
+        said = known.get("opened_by_prompt")  # of a file without openings
+        if said is None:
+            said = self.options["opened_by_prompt"]
+            if said and not self._closes_unopened("opening" in known):
+                said = None
+        if said is None:
+            return None
+        return usual_opening(self.markers) if said else ""
+
+    def _closes_unopened(self, whole: bool) -> bool:
+        """Tell whether a response closes what the prompt must have opened.
+
+        In a file of `whole` turns of which the opening is not known, any closing may.
+        """
+        texts = (text for row in self._rows for text in row.texts)
+        if self._ours is not None:
+            texts = (r.text for query in self._ours for r in query.responses)
+        return any(
+            self.markers.close in text if whole else closes_unopened(text, self.markers)
+            for text in texts
+        )
 
     async def queries(
         self, skip: Set[int] = frozenset()
@@ -54,7 +96,7 @@ class Intake:
         """Yield every query whose index is not in `skip`."""
         if self._ours is not None and not self.regrade:
             for query in self._ours:
-                yield query
+                yield self._whole(query)
             self.finished = self._ours.finished
             return
         with grader_of(self.options) as grader:
@@ -65,14 +107,25 @@ class Intake:
                 self.finished = self._ours.finished
                 return
             tokenizer = tokenizer_of(self.options["tokenizer"])
-            rows = [row for row in read_foreign(self.path) if row.index not in skip]
+            rows = [row for row in self._rows if row.index not in skip]
             for row in tqdm(rows, desc=self.path.name, unit="query"):
                 yield await self._graded(row, grader, tokenizer)
         self.finished = True
 
+    def _whole(self, query: SampledQuery) -> SampledQuery:
+        """Return a query of ours with whole turns; states and grades stay."""
+        responses = tuple(
+            r.model_copy(update={"text": self._turn(r.text)}) for r in query.responses
+        )
+        return query.model_copy(update={"responses": responses})
+
+    def _turn(self, text: str) -> str:
+        text = without_end(text, self.markers)
+        return begun_turn(text, self.opening, self.markers)
+
     async def _regraded(self, query: SampledQuery, grader: Grader) -> SampledQuery:
         if query.gold is None:
-            return query
+            return self._whole(query)
         question = Question(
             index=query.index,
             question=query.question,
@@ -81,11 +134,10 @@ class Intake:
             source=query.source,
         )
         generated = [
-            Generated(r.text, r.tokens, r.finish, r.seed) for r in query.responses
+            Generated(self._turn(r.text), r.tokens, r.finish, r.seed)
+            for r in query.responses
         ]
-        return await graded(
-            question, generated, grader, self.markers, self.opened_by_prompt
-        )
+        return await graded(question, generated, grader, self.markers, self.opening)
 
     async def _graded(
         self, row: ForeignQuery, grader: Grader, tokenizer: Any
@@ -98,6 +150,7 @@ class Intake:
                 else count
                 for text, count in zip(row.texts, tokens, strict=True)
             )
+        turns = [self._turn(text) for text in row.texts]
         common: dict[str, Any] = {
             "index": row.index,
             "question": row.question,
@@ -106,25 +159,23 @@ class Intake:
         }
         if row.gold is not None:
             generated = [
-                Generated(text, count, finish, None)
-                for text, count, finish in zip(
-                    row.texts, tokens, row.finishes, strict=True
-                )
+                Generated(turn, count, finish, None)
+                for turn, count, finish in zip(turns, tokens, row.finishes, strict=True)
             ]
             question = Question(gold=row.gold, **common)
-            return await graded(
-                question, generated, grader, self.markers, self.opened_by_prompt
-            )
+            return await graded(question, generated, grader, self.markers, self.opening)
         responses = tuple(
             Response(
-                text=text,
+                text=turn,
                 tokens=count,
                 finish=finish,
                 correct=right,
-                thinking=thinking(text, self.markers, self.opened_by_prompt).state,
+                thinking=read_turn(
+                    turn, self.opening, self.markers, has_ended(finish)
+                ).state,
             )
-            for text, count, finish, right in zip(
-                row.texts, tokens, row.finishes, row.correct, strict=True
+            for turn, count, finish, right in zip(
+                turns, tokens, row.finishes, row.correct, strict=True
             )
         )
         return SampledQuery(responses=responses, **common)
@@ -143,18 +194,3 @@ def tokenizer_of(name: str | None) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise RpamError(f"--tokenizer: cannot load {name}: {error}") from None
-
-
-def markers_of(
-    options: dict[str, Any], known: Mapping[str, Any] | None = None
-) -> Markers:
-    """Return the markers that the options name, else those of a header, else ours."""
-    chosen = []
-    for name, usual in (("open", Markers.open), ("close", Markers.close)):
-        value = options[f"think_{name}"]
-        if value is None:
-            value = (known or {}).get(name, usual)
-        if not value:
-            raise RpamError(f"--think-{name}: a marker cannot be empty.")
-        chosen.append(value)
-    return Markers(*chosen)

@@ -3,6 +3,12 @@
 The rule (arXiv 2601.03506, section 3) is `pattern_of`. Around it: queries that stand in
 an evaluation set, that one file lacks, or that neither model solves are left out, and
 what was left out is counted.
+
+The positive model's response is kept: for a `short` query what the Short-CoT model
+says, for a `long` one a response that thinks. One that is right by a lucky answer, or
+with nothing in its thinking block, would teach the merged model to answer at once on
+the very queries that need thought: a `long` query of which no right response thinks is
+left out, and counted.
 """
 
 from __future__ import annotations
@@ -20,8 +26,18 @@ from typing import Any
 from rpam_mergekit.calibration import PATTERNS
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.leaks import LeakGuard
-from rpam_mergekit.responses import CLOSED, NONE
+from rpam_mergekit.responses import (
+    ANSWERED,
+    CLOSED,
+    NONE,
+    THINKING,
+    Markers,
+    thought_of,
+)
 from rpam_mergekit.samples import Response, SampledQuery
+
+USUAL = Markers()
+PROPER = (NONE, CLOSED, ANSWERED)
 
 
 def pattern_of(
@@ -45,7 +61,10 @@ class Summary:
     """What is kept of one model's responses to one query.
 
     tokens: their mean number, None if unknown; best: the shortest correct response
-    whose thinking, if there is any, is properly closed.
+    whose thinking, if there is any, is properly closed (an answer in a block that the
+    prompt has opened: the answer alone); best_thought: the shortest of
+    those that think, with something in their thinking block; thoughtful: how many
+    correct responses think, properly closed or not.
     """
 
     correct: int
@@ -53,22 +72,41 @@ class Summary:
     tokens: float | None
     best: Response | None
     lost: int
+    best_thought: Response | None = None
+    thoughtful: int = 0
 
     @classmethod
-    def of(cls, query: SampledQuery) -> Summary:
+    def of(cls, query: SampledQuery, markers: Markers = USUAL) -> Summary:
         right = [r for r in query.responses if r.correct]
-        proper = [r for r in right if r.thinking in (NONE, CLOSED)]
+        proper = [_said(r, markers) for r in right if r.thinking in PROPER]
+        thoughts = [r for r in right if _thinks(r, markers)]
+        closed = [r for r in thoughts if r.thinking == CLOSED]
         return cls(
             correct=len(right),
             count=len(query.responses),
             tokens=query.tokens,
             best=min(proper, key=_length, default=None),
             lost=sum(r.correct is None for r in query.responses),
+            best_thought=min(closed, key=_length, default=None),
+            thoughtful=len(thoughts),
         )
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.count
+
+
+def _said(response: Response, markers: Markers) -> Response:
+    """Return a response without the block that it has not used, if it has one."""
+    if response.thinking != ANSWERED:
+        return response
+    answer = response.text.partition(markers.open)[2].lstrip()
+    return response.model_copy(update={"text": answer})
+
+
+def _thinks(response: Response, markers: Markers) -> bool:
+    """Tell whether a response thinks, and has a thought in its thinking block."""
+    return response.thinking in THINKING and bool(thought_of(response.text, markers))
 
 
 def _length(response: Response) -> tuple[float, int, str]:
@@ -88,7 +126,7 @@ class Candidate:
     summary: Summary
 
     @classmethod
-    def of(cls, query: SampledQuery) -> Candidate:
+    def of(cls, query: SampledQuery, markers: Markers = USUAL) -> Candidate:
         answer = ", ".join(query.gold.values) if query.gold else None
         return cls(
             query.index,
@@ -96,7 +134,7 @@ class Candidate:
             query.messages,
             answer,
             query.source,
-            Summary.of(query),
+            Summary.of(query, markers),
         )
 
 
@@ -114,11 +152,16 @@ class Labelled:
         """How much more often Long is right than Short."""
         return self.long.accuracy - self.short.accuracy
 
-    def record(self) -> dict[str, Any]:
-        """Return the line of the calibration file."""
+    @property
+    def best(self) -> Response | None:
+        """The response to align to: of Long one that thinks."""
+        return self.long.best_thought if self.pattern == "long" else self.short.best
+
+    def record(self, responses: bool = True) -> dict[str, Any]:
+        """Return the line of the calibration file, without its response if so asked."""
         turns = self.query.messages
         one = len(turns) == 1 and turns[0]["role"] == "user"
-        best = (self.long if self.pattern == "long" else self.short).best
+        best = self.best if responses else None
         record = {
             **({"prompt": turns[0]["content"]} if one else {"messages": list(turns)}),
             "pattern": self.pattern,
@@ -145,6 +188,8 @@ class Labels:
     chosen: list[Labelled] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    thoughtless: int = 0  # `long` queries of which no right response thinks
+    responses: bool = True  # whether they are written
 
     def of(self, pattern: str, chosen: bool = True) -> list[Labelled]:
         rows = self.chosen if chosen else self.labelled
@@ -159,13 +204,15 @@ def label(
     per_pattern: int | None = None,
     balance: bool = False,
     seed: int = 0,
+    responses: bool = True,
 ) -> Labels:
     """Return the labels of the queries that both models answered.
 
     Of each pattern at most `per_pattern` queries are chosen, and with `balance` as
-    many of either, at random with `seed`.
+    many of either, at random with `seed`. Without `responses`, for a merge that aligns
+    prompts only, it does not matter whether they think.
     """
-    labels = Labels()
+    labels = Labels(responses=responses)
     ours = _candidates(long, "Long", labels)
     theirs = _candidates(short, "Short", labels)
     missing = len(theirs.keys() - ours.keys())
@@ -187,6 +234,9 @@ def label(
         if pattern is None:
             labels.dropped["neither model solves them"] += 1
             continue
+        if pattern == "long" and responses and not a.thoughtful:
+            labels.thoughtless += 1
+            continue
         labels.labelled.append(Labelled(query, pattern, a, b))
     if missing:
         labels.dropped["only one file has them"] = missing
@@ -198,8 +248,11 @@ def label(
     if lost:
         labels.notes.append(f"{lost} lost grades count as not correct")
     _choose(labels, per_pattern, balance, seed)
-    bare = sum("response" not in row.record() for row in labels.chosen)
-    if bare:
+    if labels.thoughtless:
+        reason = "are 'long', but no right response of Long thinks"
+        labels.dropped[reason] = labels.thoughtless
+    bare = sum(row.best is None for row in labels.chosen)
+    if bare and responses:
         labels.notes.append(
             f"{bare} queries have no response: no correct one closes its thinking "
             "properly"
@@ -247,6 +300,16 @@ def write_calibration(path: Path, labels: Labels) -> None:
 
     Raises `RpamError` if a pattern has no query: the merge could learn nothing.
     """
+    if labels.thoughtless and not labels.of("long"):
+        raise RpamError(
+            f"none of Long's right responses to the {labels.thoughtless} 'long' "
+            "queries thinks: nothing is written. As examples they would teach the "
+            "merged model to answer at once where it must think. If the thinking was "
+            "stripped from LONG (lm-eval does so with think_end_token, servers with a "
+            "reasoning parser), sample without; if its brackets are others, name them "
+            "with --think-open and --think-close; or give --prompts-only, for a merge "
+            "with 'tokens: prompt'."
+        )
     if not labels.chosen:
         raise RpamError("no query is left to label: nothing is written.")
     for pattern in PATTERNS:
@@ -265,7 +328,8 @@ def write_calibration(path: Path, labels: Labels) -> None:
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for row in labels.chosen:
-                file.write(json.dumps(row.record(), ensure_ascii=False) + "\n")
+                record = row.record(labels.responses)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(temporary, path)
     except OSError as error:
         raise RpamError(f"--out: cannot write {path}: {error.strerror}") from None

@@ -155,9 +155,12 @@ def _advice(settings: RpamSettings, shelf: Shelf) -> str:
         tries.append("parameters.activations: host")
     elif shelf.place != "disk":
         tries.append("parameters.activations: disk")
-    if settings.batch_size > 1:
+    if settings.batch_size is not None and settings.batch_size > 1:
         half = settings.batch_size // 2
         tries.append(f"parameters.batch_size: {half} (now {settings.batch_size})")
+    elif settings.batch_size != 1:
+        half = (settings.batch_tokens or settings.max_tokens) // 2
+        tries.append(f"parameters.batch_tokens: {half} (now {settings.batch_tokens})")
     tries.append(
         f"parameters.max_tokens: {max(settings.max_tokens // 2, 1)} "
         f"(now {settings.max_tokens})"

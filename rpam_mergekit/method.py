@@ -68,6 +68,7 @@ class RpamMerge(GroupMergeMethod):
             ParameterSpec("pattern", str | None, NON_BASE, default=None),
             ParameterSpec("tensor", str | None, NON_BASE, default=None),
             ParameterSpec("coefficients", str | None, SHARED, default=None),
+            ParameterSpec("reasoning", float, SHARED, default=0.0),
             ParameterSpec("written_dtype", str | None, SHARED, default=None),
         ),
         contract=InputContract(
@@ -116,7 +117,7 @@ def _parts(
     if tensor is None:
         raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
     pattern = parameters["pattern"][other]
-    file = open_coefficients(parameters["coefficients"])
+    file = open_coefficients(parameters["coefficients"], parameters["reasoning"])
     return file.parts(entry_name(pattern, tensor, len(group.non_base)))
 
 

@@ -25,6 +25,55 @@ def per_query(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+def with_decisions(
+    weights: torch.Tensor, decisions: torch.Tensor, share: float
+) -> torch.Tensor:
+    """Return weights of which `share` lies on a query's `decisions`, in equal parts.
+
+    weights: (queries, tokens), of sum 1 over each query. decisions: bool, of the same
+    shape; a query without any keeps its weights.
+    """
+    if not share:
+        return weights
+    each = decisions / decisions.sum(dim=1, keepdim=True).clamp(min=1)
+    has = decisions.any(dim=1, keepdim=True)
+    return torch.where(has, (1 - share) * weights + share * each, weights)
+
+
+def opening_loss(logits: torch.Tensor, token: int, opens: torch.Tensor) -> torch.Tensor:
+    """Return every query's cross-entropy of whether its thinking is opened.
+
+    logits: (queries, vocabulary), where the response begins. token: that opens
+    thinking. opens: bool (queries,), whether the response is to begin with it.
+    """
+    others = logits.clone()
+    others[:, token] = float("-inf")
+    odds = logits[:, token] - others.logsumexp(dim=1)
+    return torch.nn.functional.softplus(torch.where(opens, -odds, odds))
+
+
+CAP = 4.0  # times the usual squared length: twice as long
+
+
+def token_factors(
+    squared_lengths: torch.Tensor, usual: float, form: str
+) -> torch.Tensor:
+    """Return by what factor each token's squared distance counts.
+
+    squared_lengths: (queries, tokens), of the experts' hidden states, their mean.
+    usual: the usual squared length of the calibration set in this layer. form: the
+    setting `token_scale`. Trained language models have tokens (the first one, some
+    delimiters) whose hidden states are a hundred times as long as the others'; they
+    would have most of a plain squared distance, though nothing is decided there.
+    """
+    if form == "none":
+        return torch.ones_like(squared_lengths)
+    relative = squared_lengths / usual
+    if form == "length":
+        return 1 / relative.clamp(min=1e-6)
+    return CAP / relative.clamp(min=CAP)
+
+
 def distance(
     first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:

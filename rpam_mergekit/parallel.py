@@ -55,6 +55,15 @@ class Processes:
         kept = [r[:size] for r, size in zip(received, sizes, strict=True)]
         return torch.cat(kept).to(rows.dtype)
 
+    def collect(self, values: Sequence[T]) -> list[T]:
+        """Return what all processes passed, end to end in the order of their ranks."""
+        if self.count == 1:
+            return list(values)
+        found: list[Any] = [None] * self.count
+        with _others_alive(self.rank):
+            distributed.all_gather_object(found, list(values))
+        return [value for part in found for value in part]
+
     def tell(self, value: T) -> T:
         """Return what the first process passed as `value`."""
         if self.count == 1:

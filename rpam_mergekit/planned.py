@@ -22,6 +22,7 @@ from rpam_mergekit.adapters import merge_adapters
 from rpam_mergekit.check import Examined, check_merge, config_notes
 from rpam_mergekit.checkpoint import plan_layout
 from rpam_mergekit.decoder import Decoder
+from rpam_mergekit.holdout import as_many, split_queries
 from rpam_mergekit.memory import (
     activation_bytes,
     check_disk,
@@ -32,6 +33,7 @@ from rpam_mergekit.memory import (
 from rpam_mergekit.parallel import Processes, local_device
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.routing import SCALES
 from rpam_mergekit.vocabulary import load_tokenizer
 
 PLACES = {"device": "the device", "host": "the host", "disk": "disk"}
@@ -105,6 +107,7 @@ class Planned:
             planner.arch_info, self.base_config, self.models.every
         )
         self.fixed = self.request.fixed_weights(self.layout)
+        self.end_token: int | None = None  # known once the queries are
 
     def say(self, text: str) -> None:
         """Tell the user something; only the first process does."""
@@ -122,6 +125,7 @@ class Planned:
 
         tokenizer = load_tokenizer(self.models.base, self.options)
         _set_chat_template(tokenizer, self.config)
+        self.end_token = tokenizer.eos_token_id
         assert self.request.calibration is not None
         queries, notes = encode_calibration(
             self.request.calibration,
@@ -143,17 +147,21 @@ class Planned:
             options.trust_remote_code,
             settings.compute_dtype,
         )
+        solving, held_out = split_queries(queries, settings.held_out, settings.seed)
         return PrePass(
             self.models,
             self.layout,
             decoder,
-            make_batches(queries, settings.batch_size, pad_id=0),
+            make_batches(solving, settings),
             settings,
             dtype=self.config.dtype,
             out_dtype=self.config.out_dtype,
             fixed=self.fixed,
             processes=self.processes,
             quiet=options.quiet,
+            held_out=make_batches(held_out, settings),
+            of_solved=make_batches(as_many(solving, held_out, settings.seed), settings),
+            end=self.end_token,
         )
 
 
@@ -169,7 +177,10 @@ def make_room(prepass: PrePass, folder: Path) -> str:
         "the coefficients, by layer and as a whole,",
     )
     width = prepass.decoder.model.config.get_text_config().hidden_size
-    size = activation_bytes(prepass.batches, width, len(prepass.models.every))
+    experts = len(prepass.models.every)
+    size = activation_bytes(prepass.batches, width, experts)
+    probes = [batch for of in prepass.measured.values() for batch in of]
+    size += activation_bytes(probes, width, experts + len(SCALES))
     prepass.shelf = choose_shelf(
         settings.activations,
         size // processes.count,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +33,13 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
 from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.memory import knobs
+from rpam_mergekit.objective import opening_loss
+from rpam_mergekit.opening import opening_probability, opening_queries
 from rpam_mergekit.parallel import Processes
-from rpam_mergekit.prompts import Batch
-from rpam_mergekit.recording import Recorder
+from rpam_mergekit.probes import Measurement, Probes, opening_token
+from rpam_mergekit.prompts import Batch, make_batches
+from rpam_mergekit.recording import Recorder, merged_outside
+from rpam_mergekit.routing import OperatingPoint
 from rpam_mergekit.settings import RpamSettings
 from rpam_mergekit.solved import (
     OUTSIDE,
@@ -43,7 +48,15 @@ from rpam_mergekit.solved import (
     LayerSolution,
     Solution,
 )
-from rpam_mergekit.streams import Stream, divergence, expert_distance, gap, objective
+from rpam_mergekit.streams import (
+    Stream,
+    divergence,
+    expert_distance,
+    gap,
+    heaviest_token,
+    objective,
+    weigh_layer,
+)
 
 
 class PrePass:
@@ -63,10 +76,15 @@ class PrePass:
         shelf: Shelf | None = None,
         processes: Processes | None = None,
         quiet: bool = False,
+        held_out: Sequence[Batch] = (),
+        of_solved: Sequence[Batch] = (),
+        end: int | None = None,
     ) -> None:
         """`dtype` and `out_dtype` are the config's; `fixed` maps entries to weights.
 
-        `shelf` is where activations lie, by default the device.
+        `shelf` is where activations lie, by default the device. `held_out` and
+        `of_solved` are measured, the latter being some of `batches`' queries; `end` is
+        the end token of their responses.
         """
         self.models = models
         self.layout = layout
@@ -80,6 +98,9 @@ class PrePass:
         self.quiet = quiet or self.processes.rank > 0
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.streams: list[Stream] = []
+        self.measured = {"held_out": list(held_out), "solved": list(of_solved)}
+        self.probes = Probes([], [])
+        self.end = end
 
     def run(self, solved: MutableMapping[int, LayerSolution] | None = None) -> Solution:
         """Return the solved coefficients of every tensor of the layout.
@@ -91,22 +112,17 @@ class PrePass:
         solution = Solution({} if solved is None else solved, len(self.layout.layers))
         with knobs(self.settings, self.shelf):
             self._run(solution)
-        return solution
+            return replace(solution, operating_point=self._operating_point())
 
     def _run(self, solution: Solution) -> None:
         done = self.processes.tell(set(solution.solved))
-        recorder = Recorder(
-            self.decoder,
-            self.experts,
-            self.batches,
-            self.settings,
-            self.shelf,
-            self.processes,
-        )
+        recorder = self._recorder(self.batches)
         chosen = self._most_divergent(recorder)
         self.streams = self._entered(recorder)
+        probes = [batch for batches in self.measured.values() for batch in batches]
+        self.probes = Probes(self._recorder(probes).streams(self._outside()), probes)
         solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
-        solves = self.settings.epochs * len(self.batches)
+        solves = self.settings.steps_of(len(self.batches))
         with tqdm(
             total=solution.count * solves,
             desc="rpam pre-pass",
@@ -132,6 +148,12 @@ class PrePass:
         """The state of the random generator."""
         return self.generator.get_state().numpy().tobytes()
 
+    def _head(self, expert: int | None) -> Weights:
+        """Return the weights outside the layers of an expert; None: of the merge."""
+        if expert is None:
+            return merged_outside(self.experts, self._outside(), entering=False)
+        return float32(self.experts.outside(expert))
+
     def _outside(self) -> Entries:
         """Return the coefficients of what is outside the layers."""
         weight = self.settings.outside_weight / len(self.models.others)
@@ -144,6 +166,16 @@ class PrePass:
 
     def _entered(self, recorder: Recorder) -> list[Stream]:
         return recorder.streams(self._outside())
+
+    def _recorder(self, batches: Sequence[Batch]) -> Recorder:
+        return Recorder(
+            self.decoder,
+            self.experts,
+            batches,
+            self.settings,
+            self.shelf,
+            self.processes,
+        )
 
     def _most_divergent(self, recorder: Recorder) -> set[int]:
         """Return the layers to optimise: the share in which the experts differ most.
@@ -171,6 +203,7 @@ class PrePass:
         solved = self.by_model(solution.entries, relative)
         for stream, hidden in self._advanced(index, weights, solved):
             stream.merged = hidden
+        self._advance_probes(index, weights, solved, relative)
         state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
         self.generator.set_state(state)
 
@@ -196,6 +229,7 @@ class PrePass:
                 "finite numbers. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate}) or use coefficient_dtype: float32."
             )
+        self._advance_probes(index, weights, solved, relative)
         mean = torch.stack(
             [coefficient(parts).mean() for of in solved for parts in of.values()]
         )
@@ -206,6 +240,7 @@ class PrePass:
             float(mean.mean()),
             divergence(self.streams, self.processes),
             optimised,
+            heaviest_token(self.streams, self.processes),
         )
         entries = {
             self.models.entry(number, name): of[within]
@@ -261,10 +296,38 @@ class PrePass:
         """Send the experts' streams through a layer, one expert after the other."""
         for number, weights in enumerate(experts):
             weights = float32(weights)
-            for stream in self.streams:
+            for stream in (*self.streams, *self.probes.streams):
                 stream.experts[number] = self.decoder.replay(
                     index, weights, stream.experts[number], stream.calls[index]
                 )
+        weigh_layer(self.streams, self.settings.token_scale, self.processes)
+
+    def _advance_probes(
+        self,
+        index: int,
+        weights: Merging,
+        solved: Sequence[Mapping[str, Weights]],
+        relative: Mapping[str, str],
+    ) -> None:
+        """Send the probes through a solved layer, at every scale."""
+        fixed = [
+            frozenset(
+                within
+                for name, within in relative.items()
+                if self.models.entry(number, name) in self.fixed
+            )
+            for number in range(len(solved))
+        ]
+        self.probes.advance(self.decoder, index, weights, solved, fixed)
+
+    def _operating_point(self) -> OperatingPoint:
+        """Return the scale of the coefficients, and how the merge routes there."""
+        if not self.probes.streams:
+            return OperatingPoint()
+        measurement = Measurement(
+            self.decoder, self.probes, self._head, self.end, self.processes
+        )
+        return measurement.operating_point(len(self.measured["held_out"]))
 
     @torch.no_grad()
     def _advanced(
@@ -305,6 +368,8 @@ class PrePass:
         origin = {n: self._cast(value) for n, value in weights.base.items()}
         vectors = {n: [self._cast(v) for v in of] for n, of in weights.vectors.items()}
 
+        opening = self._opening_of(index)
+
         def batch_loss(number: int) -> torch.Tensor:
             stream = self.streams[number]
             merged = origin | {
@@ -321,6 +386,8 @@ class PrePass:
             loss = objective(
                 stream, hidden, scale, len(self.streams), self.settings, self.processes
             )
+            if opening is not None:
+                loss = loss + self._opening_term(stream, hidden, *opening)
             if self.settings.regularization:
                 penalties = torch.stack([c.penalty() for c in coefficients])
                 penalty = penalties.mean() / self.processes.count
@@ -328,7 +395,7 @@ class PrePass:
             return loss
 
         arguments: dict[str, Any] = {
-            "epochs": self.settings.epochs,
+            "steps": self.settings.steps_of(len(self.streams)),
             "step": progress.update,
             "total": self.processes.sum,
         }
@@ -352,6 +419,41 @@ class PrePass:
                 f"layer {index}: {error}. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate})."
             ) from None
+
+    def _opening_of(self, index: int) -> tuple[int, Weights] | None:
+        """Return the opening's token and the head, where its term belongs; else None.
+
+        Only the last layer's output is what final norm and head are made for.
+        """
+        if not self.settings.opening_weight or index + 1 < len(self.layout.layers):
+            return None
+        token = opening_token([q for batch in self.batches for q in batch.queries])
+        return None if token is None else (token, self._head(None))
+
+    def _opening_term(
+        self, stream: Stream, hidden: torch.Tensor, token: int, head: Weights
+    ) -> torch.Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits = self.decoder.logits(head, hidden[rows, stream.prompt_ends].float())
+        of_query = opening_loss(logits, token, stream.opens)
+        weighed = (of_query * stream.shares.sum(dim=1)).sum() * len(self.streams)
+        return self.settings.opening_weight * weighed
+
+    def opening_probability(self) -> float | None:
+        """Return how likely the model that thinks opens its thinking by itself.
+
+        See `opening`; None where no response opens it, or no pattern is `long`.
+        """
+        queries = [query for batch in self.batches for query in batch.queries]
+        thinking = opening_queries(queries)
+        if not thinking or "long" not in self.models.patterns:
+            return None
+        return opening_probability(
+            self.experts,
+            self.models.patterns.index("long"),
+            make_batches(thinking, self.settings),
+            self.quiet,
+        )
 
     def _cast(self, value: torch.Tensor) -> torch.Tensor:
         """Return a weight in the dtype of the solver; whole numbers as they are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,11 +23,37 @@ PADDING = 0.25  # of a batch, at most
 
 @dataclass(frozen=True)
 class EncodedQuery:
-    """Token ids of one query: `prompt_tokens` of prompt, then the response."""
+    """Token ids of one query: `prompt_tokens` of prompt, then the response.
+
+    opening: how many tokens of the response open its thinking; 0 if it answers at once.
+    closing: where in `ids` the closing tag of the thinking begins, if there is one.
+    ended: whether the response is whole, so that the end token would follow.
+    """
 
     ids: tuple[int, ...]
     prompt_tokens: int
     pattern: str
+    opening: int = 0
+    closing: int | None = None
+    ended: bool = False
+
+    @property
+    def responds(self) -> bool:
+        """Whether there is a response."""
+        return len(self.ids) > self.prompt_tokens
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """The positions from which the response's decisions are predicted.
+
+        Its first token, the closing of its thinking, and its end.
+        """
+        found = {self.prompt_tokens - 1}
+        if self.closing is not None:
+            found.add(self.closing - 1)
+        if self.ended:
+            found.add(len(self.ids) - 1)
+        return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -36,13 +63,20 @@ class Batch:
     input_ids, attention_mask: int64 (queries, tokens); the mask is 1 on real tokens.
     deciding: bool (queries, tokens), the tokens from which the response is predicted:
         the last of the prompt and those of the response.
-    patterns: one per query.
+    decisions: bool (queries, tokens), see `EncodedQuery.decisions`.
+    patterns: one per query. queries: as they were encoded, in the order of the rows.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     deciding: torch.Tensor
-    patterns: tuple[str, ...]
+    decisions: torch.Tensor
+    queries: tuple[EncodedQuery, ...]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The pattern of every query."""
+        return tuple(query.pattern for query in self.queries)
 
 
 def encode_calibration(
@@ -70,11 +104,10 @@ def encode_calibration(
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
-        try:
-            ids = prompt_ids(query.conversation, tokenizer, thinking)
-        except Exception as error:
-            findings.append(f"{where}: the chat template refuses this query: {error}")
-            ids = []
+        problem = template_problem(query.conversation, tokenizer)
+        if problem is not None:
+            findings.append(f"{where}: {problem}")
+        ids = [] if problem else prompt_ids(query.conversation, tokenizer, thinking)
         findings += _beyond(ids, tokenizer, vocabulary, where)
         prompts.append(ids)
     if findings:
@@ -109,15 +142,28 @@ def encode_calibration(
         query = calibration.queries[i]
         ids = prompts[i]
         response: list[int] = []
+        opening, closing = 0, None
         if settings.tokens == "prompt+response" and query.response is not None:
             text = thinking.response(query.response, query.pattern)
             response = response_ids(text, tokenizer, thinking)
+            opening, closing = brackets(text, tokenizer, thinking)
             where = f"{calibration.path}:{calibration.lines[i]}"
             if beyond := _beyond(response, tokenizer, vocabulary, where):
                 raise RpamError(*beyond)
         room = settings.max_tokens - len(ids)
         cut += len(response) > room
-        encoded.append(EncodedQuery((*ids, *response[:room]), len(ids), query.pattern))
+        encoded.append(
+            EncodedQuery(
+                (*ids, *response[:room]),
+                len(ids),
+                query.pattern,
+                opening=min(opening, max(room, 0)),
+                closing=len(ids) + closing
+                if closing is not None and closing < room
+                else None,
+                ended=0 < len(response) <= room,
+            )
+        )
     if cut:
         notes.append(
             f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
@@ -133,12 +179,16 @@ def encode_calibration(
 
 
 def make_batches(
-    queries: Sequence[EncodedQuery], batch_size: int, pad_id: int
+    queries: Sequence[EncodedQuery], settings: RpamSettings, pad_id: int = 0
 ) -> list[Batch]:
     """Return the queries in batches of similar length, longest last.
 
-    A batch has fewer than `batch_size` queries where more would be mostly padding.
+    A batch has at most `settings.batch_tokens` tokens with its padding (but one query
+    at least), at most `settings.batch_size` queries, and fewer where more would be
+    mostly padding.
     """
+    most_tokens = settings.batch_tokens or float("inf")
+    most_queries = settings.batch_size or float("inf")
     batches: list[list[EncodedQuery]] = []
     tokens = 0
     for query in sorted(queries, key=lambda query: len(query.ids)):
@@ -146,7 +196,8 @@ def make_batches(
         tokens += longest
         if (
             not batches
-            or len(batches[-1]) == batch_size
+            or len(batches[-1]) >= most_queries
+            or longest * (len(batches[-1]) + 1) > most_tokens
             or tokens < (1 - PADDING) * longest * (len(batches[-1]) + 1)
         ):
             batches.append([])
@@ -160,27 +211,49 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     input_ids = torch.full((len(queries), longest), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     deciding = torch.zeros_like(input_ids, dtype=torch.bool)
+    decisions = torch.zeros_like(deciding)
     for row, query in enumerate(queries):
         input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
         attention_mask[row, : len(query.ids)] = 1
         deciding[row, query.prompt_tokens - 1 : len(query.ids)] = True
-    return Batch(
-        input_ids,
-        attention_mask,
-        deciding,
-        tuple(query.pattern for query in queries),
+        decisions[row, list(query.decisions)] = True
+    return Batch(input_ids, attention_mask, deciding, decisions, tuple(queries))
+
+
+def template_problem(
+    conversation: Sequence[Mapping[str, Any]], tokenizer
+) -> str | None:
+    """Return what the chat template does wrong with a conversation, or None.
+
+    It may raise an error, or make the same prompt whatever the user says.
+    """
+    try:
+        text = prompt_text(conversation, tokenizer)
+        last = {**conversation[-1], "content": f"{conversation[-1]['content']} 0?"}
+        other = prompt_text([*conversation[:-1], last], tokenizer)
+    except Exception as error:
+        return f"the chat template refuses this query: {error}"
+    if text != other:
+        return None
+    role = conversation[-1]["role"]
+    return (
+        f"the chat template leaves the message of the role '{role}' out: the prompt is "
+        f"{text[-60:]!r}, whatever it says"
     )
 
 
-def prompt_text(conversation: Sequence[Mapping[str, str]], tokenizer) -> str:
+def prompt_text(
+    conversation: Sequence[Mapping[str, str]], tokenizer, **rendering: Any
+) -> str:
     """Return the prompt up to where the response begins, by the chat template.
 
     Plain text, turns apart by an empty line, where the tokenizer has no template.
+    `rendering` are further variables of the template.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n\n".join(turn["content"] for turn in conversation)
     return tokenizer.apply_chat_template(
-        list(conversation), tokenize=False, add_generation_prompt=True
+        list(conversation), tokenize=False, add_generation_prompt=True, **rendering
     )
 
 
@@ -213,6 +286,28 @@ def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
         parts = [text]
     encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
     return [token for ids in encoded for token in ids]
+
+
+def brackets(text: str, tokenizer, thinking: ThinkingMode) -> tuple[int, int | None]:
+    """Return how many of a response's tokens open its thinking, and where it closes.
+
+    0 where it does not begin by opening it; None where it closes nothing. A tokenizer
+    may join a bracket's first characters with what stands before them; then it is the
+    token behind.
+    """
+    if thinking.markers is None:
+        return 0, None
+    opened, closed = thinking.markers.open, thinking.markers.close
+    opening = 0
+    if text.lstrip().startswith(opened):
+        head = text.partition(opened)[0] + opened
+        opening = len(response_ids(head, tokenizer, thinking))
+    start = text.find(closed)
+    if start < 0:
+        return opening, None
+    whole = response_ids(text, tokenizer, thinking)
+    before = response_ids(text[:start], tokenizer, thinking)
+    return opening, min(len(before), len(whole) - 1)
 
 
 def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:

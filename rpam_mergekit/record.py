@@ -76,7 +76,7 @@ def finish(
     folder = Path(out_path)
     named = request.settings.coefficients
     path = local_path(named, "parameters.coefficients") if named else folder / IN_OUTPUT
-    file = CoefficientsFile(path)
+    file = CoefficientsFile(path, request.settings.reasoning)
     path_named = named or IN_OUTPUT.as_posix()
     record = record_of(file, config, request, options, path_named, removed)
     reason = None
@@ -142,6 +142,8 @@ def record_of(
             "bytes": os.path.getsize(file.path),
         },
         "layers": file.metadata["layers"],
+        "operating_point": file.metadata.get("operating_point"),
+        "scale": file.scale,
     }
 
 
@@ -164,6 +166,7 @@ def further(config: MergeConfiguration) -> dict[str, Any]:
     found: dict[str, Any] = {
         "weight": [_plain(w) for model, w in weights if model != config.base_model],
         "layer_ranges": [list(layers) for _, layers in inputs.layer_ranges],
+        "reasoning": (config.parameters or {}).get("reasoning", 0.0),
         "chat_template": config.chat_template,
         "tokenizer": None,
     }

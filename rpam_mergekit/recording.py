@@ -55,7 +55,7 @@ class Recorder:
                     streams.append(self._stream(number, placed, hidden, count))
                 else:
                     streams[number].experts[expert] = hidden
-        weights = self._merged(entries)
+        weights = merged_outside(self.experts, entries, entering=True)
         for number, (hidden, _) in enumerate(self._recorded(weights)):
             streams[number].merged = hidden
         return streams
@@ -66,18 +66,6 @@ class Recorder:
             yield self.decoder.record(
                 weights, batch.input_ids[rows], batch.attention_mask[rows]
             )
-
-    def _merged(self, entries: Entries) -> Weights:
-        """Return the merged weights of what comes before the layers."""
-        models = self.experts.models
-        weights = [self.experts.entering(n) for n in range(len(models.every))]
-        names = list(weights[0])
-        return self.experts.merging(weights).written(
-            [
-                {name: entries[models.entry(number, name)] for name in names}
-                for number in range(len(models.others))
-            ]
-        )
 
     def _rows(self, batch: Batch) -> slice:
         """Return this process's queries of a batch, or one that weighs nothing."""
@@ -96,6 +84,9 @@ class Recorder:
         rows = self._rows(batch)
         weight = float(mine.start < mine.stop)
         of_tokens, shares = (weight * w[rows] for w in self.weighed[number])
+        queries = batch.queries[rows]
+        ends = torch.tensor([query.prompt_tokens - 1 for query in queries])
+        opens = torch.tensor([query.opening > 0 for query in queries])
         patterns = self.experts.models.patterns
         positive = [patterns.index(pattern) for pattern in batch.patterns[rows]]
         device = self.decoder.device
@@ -107,6 +98,28 @@ class Recorder:
             patterns=torch.tensor(positive, device=device),
             token_weights=of_tokens.to(device),
             shares=shares.to(device),
+            decisions=batch.decisions[rows].to(device),
+            prompt_ends=ends.to(device),
+            opens=opens.to(device),
             queries=len(batch.patterns),
             shelf=self.shelf,
         )
+
+
+def merged_outside(
+    experts: ExpertWeights, entries: Entries, *, entering: bool
+) -> Weights:
+    """Return the merged weights outside the layers, or of those that come before them.
+
+    As they are written, in float32; `entries` are their coefficients.
+    """
+    models = experts.models
+    load = experts.entering if entering else experts.outside
+    weights = [load(number) for number in range(len(models.every))]
+    names = list(weights[0])
+    return experts.merging(weights).written(
+        [
+            {name: entries[models.entry(number, name)] for name in names}
+            for number in range(len(models.others))
+        ]
+    )

@@ -46,7 +46,7 @@ def reachable(options: MergeOptions) -> Iterator[None]:
         nonlocal asked
         if not asked and not Path(self.model.path).exists():
             asked = True
-            constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or _unreachable()
+            constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or unreachable()
         return read(self, *args, **kwargs)
 
     @functools.wraps(resolve)
@@ -73,7 +73,7 @@ def reachable(options: MergeOptions) -> Iterator[None]:
         ModelReference.local_path, ModelReference.config = resolve, read
 
 
-def _unreachable() -> bool:
+def unreachable() -> bool:
     """Tell whether no server answers at the Hub's address; any answer is one."""
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)

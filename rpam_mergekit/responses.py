@@ -1,15 +1,20 @@
 """What a response says: its thinking, and the final answer after it.
 
-A response is the text that follows the generation prompt. Some chat templates end that
-prompt with an opened thinking block; the response then starts inside it.
+What a model writes is the text that follows the generation prompt. Some chat templates
+end that prompt with an opened thinking block; what it writes then starts inside it. How
+the whole turn is made of both, and read, says `openings`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 NONE, CLOSED, OPEN, WRONG = "none", "closed", "open", "wrong"
+ANSWERED = "answered"  # in a block that the prompt has opened, and not closed
+THINKING = frozenset((CLOSED, OPEN, WRONG))
+_MOST_DIRECT = 200  # characters of a line that is plainly an answer, not a thought
 # Tags that models were seen to close their thinking with, alone on a line.
 _OTHER_TAGS = re.compile(
     r"^[ \t]*(?:</?(?:tool_call|tool_response|think|thinking|reasoning)>"
@@ -32,7 +37,7 @@ class Thinking:
 
     state: `none` (answers at once); `closed` (opened once, closed once by the right
         marker); `wrong` (closed by another token, or more than once); `open` (never
-        closed).
+        closed); `answered` (answers at once in the block that the prompt has opened).
     final: the text after the thinking; None where there is none.
     """
 
@@ -41,17 +46,22 @@ class Thinking:
 
     @property
     def thinks(self) -> bool:
-        return self.state != NONE
+        return self.state in THINKING
 
 
 def thinking(
-    text: str, markers: Markers, opened_by_prompt: bool | None = None
+    text: str,
+    markers: Markers,
+    opened_by_prompt: bool | None = None,
+    ended: bool = False,
 ) -> Thinking:
-    """Return how `text` thinks.
+    """Return how `text`, which follows the prompt, thinks.
 
     `opened_by_prompt` says whether the prompt has already opened the thinking; None
     means that it is not known, and that a closing marker without an opening one is
-    taken as a sign of it.
+    taken as a sign of it. `ended` says that no limit has cut the text off. Then a
+    single short line, in a block that the prompt has opened, is what the model has to
+    say: an answer. A longer text that never closes the block is a thought.
     """
     opens, closes = text.count(markers.open), text.count(markers.close)
     before, found, after = text.rpartition(markers.close)
@@ -64,7 +74,54 @@ def thinking(
     wrong = _OTHER_TAGS.search(thought)
     if wrong:
         return Thinking(WRONG, thought[wrong.end() :])
+    if ended and not opens and _is_direct(text):
+        return Thinking(ANSWERED, text)
     return Thinking(OPEN, None)
+
+
+def _is_direct(text: str) -> bool:
+    """Tell whether a text is one line that may be an answer, no longer."""
+    said = text.strip()
+    return 0 < len(said) <= _MOST_DIRECT and len(said.splitlines()) == 1
+
+
+def thought_of(text: str, markers: Markers) -> str:
+    """Return what a whole turn says between its opening and its last closing marker."""
+    before, closed, _ = text.rpartition(markers.close)
+    return (before if closed else text).partition(markers.open)[2].strip()
+
+
+# Tokens that end the turns of published models; a server may leave them in a text.
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]",
+    "<eos>",
+    "</s>",
+)
+
+
+def without_end(text: str, markers: Markers, ends: Collection[str] = ()) -> str:
+    """Return a response without the end tokens that it still ends in.
+
+    `ends` are the model's own, beside those that are known. A marker that closes
+    thinking is none.
+    """
+    known = [end for end in (*ends, *END_TOKENS) if end and end != markers.close]
+    while True:
+        left = text.rstrip()
+        end = next((end for end in known if left.endswith(end)), None)
+        if end is None:
+            return text
+        text = left[: -len(end)]
 
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{])|\\.|[{}]", re.DOTALL)

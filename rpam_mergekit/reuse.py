@@ -27,7 +27,7 @@ from rpam_mergekit.references import public_name
 from rpam_mergekit.solved import Solution
 
 # Raised whenever the same inputs would give other coefficients than before.
-ALGORITHM = 1
+ALGORITHM = 2
 Say = Callable[[str], None]
 
 
@@ -40,6 +40,7 @@ def write_solution(
     path: Path,
     solution: Solution,
     models: MergeModels,
+    layout: Layout,
     fingerprint: Mapping[str, Any],
 ) -> None:
     """Write the coefficients file of a run that has ended. Raises `RpamError`."""
@@ -51,6 +52,18 @@ def write_solution(
         },
         "fingerprint": fingerprint,
         "layers": [dataclasses.asdict(report) for report in solution.layers],
+        "operating_point": solution.operating_point.record(),
+        "opens": solution.opens,
+        "unscaled": sorted(
+            {
+                *fingerprint["fixed"],
+                *(
+                    models.entry(number, info.name)
+                    for number in range(len(models.others))
+                    for info in layout.outside
+                ),
+            }
+        ),
     }
     try:
         dtype = getattr(torch, fingerprint["settings"]["coefficient_dtype"])

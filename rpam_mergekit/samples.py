@@ -220,18 +220,38 @@ def _compare(path: Path, found: Any, wanted: dict[str, Any]) -> None:
             f"--out: {path} exists and is not a sample file of mergekit-rpam. It is "
             "left as it is; name another file."
         )
+    _check_turns(path, found, wanted)
     old, new = flat(found), flat(wanted)
     differences = [
         f"{path}:1: {key}: the file was made with {old.get(key)!r}, this run has "
         f"{new.get(key)!r}."
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not key.startswith(_NOT_COMPARED)
+        if old.get(key) != new.get(key)
+        and not key.startswith(_NOT_COMPARED)
+        and (key != "thinking.opening" or key in old)  # older files: `_check_turns`
     ]
     if differences:
         raise RpamError(
             *differences,
             "Samples of different settings are not mixed: run with the file's settings "
             "to go on with it, or give --out another file.",
+        )
+
+
+def _check_turns(path: Path, found: Any, wanted: dict[str, Any]) -> None:
+    """Raise `RpamError` for an older file that whole turns cannot follow.
+
+    Where prompts opened no thinking its responses are whole turns, too.
+    """
+    known = found.get("thinking") or {}
+    if "opening" in known or "opening" not in wanted.get("thinking", {}):
+        return
+    if known.get("opened_by_prompt") is not False:
+        raise RpamError(
+            f"{path}:1: thinking: the file is of a version whose responses were no "
+            "whole turns: they lack the opening of the thinking that stood in the "
+            "prompt. It is read as before, but not gone on with: finish it by that "
+            "version, or give --out another file."
         )
 
 

@@ -22,9 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.grading import Grader
+from rpam_mergekit.grading import Grader, has_ended
+from rpam_mergekit.openings import begun_turn, read_turn
 from rpam_mergekit.questions import Question
-from rpam_mergekit.responses import CLOSED, NONE, OPEN, WRONG, Markers, thinking
+from rpam_mergekit.responses import (
+    ANSWERED,
+    CLOSED,
+    OPEN,
+    THINKING,
+    WRONG,
+    Markers,
+)
 from rpam_mergekit.samples import Response, SampledQuery, SampleWriter
 
 _MOST_UNGRADED = 64  # queries
@@ -50,7 +58,10 @@ class SamplingSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Generated:
-    """One response as a backend returns it, not graded yet."""
+    """One response as a backend returns it, not graded yet.
+
+    text: what the model wrote after the prompt; tokens: how many it generated.
+    """
 
     text: str
     tokens: int | None
@@ -61,12 +72,14 @@ class Generated:
 class Backend(Protocol):
     """Where responses come from.
 
-    opened_by_prompt: whether the chat template opens the thinking, None if unknown.
+    markers: of the model's thinking; opening: the text by which its prompts open it,
+    None if that is not known.
     notes: what the user should know, growing while it runs; retries: requests that
     had to be repeated so far.
     """
 
-    opened_by_prompt: bool | None
+    markers: Markers
+    opening: str | None
     notes: dict[str, None]
     retries: int
 
@@ -114,7 +127,7 @@ class Tally:
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
         total = max(self.responses, 1)
-        thought = self.responses - self.thinking[NONE]
+        thought = sum(self.thinking[state] for state in THINKING)
         mean = "unknown" if self.mean_tokens is None else f"{self.mean_tokens:.1f}"
         lines = [
             f"queries           {self.queries}",
@@ -130,6 +143,9 @@ class Tally:
                 f"  closed wrongly  {self.thinking[WRONG] / thought:.1%}",
                 f"  never closed    {self.thinking[OPEN] / thought:.1%}",
             ]
+        if self.thinking[ANSWERED]:
+            share = self.thinking[ANSWERED] / total
+            lines.append(f"answered in the opened block {share:.1%}")
         if self.problems:
             lines.append(f"lost grades       {len(self.problems)}")
             lines += [f"  {problem}" for problem in self.problems[:5]]
@@ -141,7 +157,6 @@ async def run(
     questions: Sequence[Question],
     writer: SampleWriter,
     grader: Grader,
-    markers: Markers,
     tally: Tally,
 ) -> None:
     """Sample, grade and write every question that `writer` does not have yet."""
@@ -159,7 +174,7 @@ async def run(
     async def finish(question: Question, generated: list[Generated]) -> None:
         try:
             query = await graded(
-                question, generated, grader, markers, backend.opened_by_prompt
+                question, generated, grader, backend.markers, backend.opening
             )
             writer.append(query)
             tally.add(query)
@@ -238,27 +253,24 @@ async def graded(
     generated: Sequence[Generated],
     grader: Grader,
     markers: Markers,
-    opened_by_prompt: bool | None,
+    opening: str | None,
 ) -> SampledQuery:
-    """Return the query with its responses graded."""
+    """Return the query with its responses graded, whole turns from here on."""
+    turns = [begun_turn(g.text, opening, markers) for g in generated]
     verdicts = await grader.grade(
-        question.gold,
-        [g.text for g in generated],
-        [g.finish for g in generated],
-        markers,
-        opened_by_prompt,
+        question.gold, turns, [g.finish for g in generated], markers, opening
     )
     responses = tuple(
         Response(
-            text=g.text,
+            text=turn,
             tokens=g.tokens,
             finish=g.finish,
-            thinking=thinking(g.text, markers, opened_by_prompt).state,
+            thinking=read_turn(turn, opening, markers, has_ended(g.finish)).state,
             correct=verdict.correct,
             problem=verdict.problem,
             seed=g.seed,
         )
-        for g, verdict in zip(generated, verdicts, strict=True)
+        for g, turn, verdict in zip(generated, turns, verdicts, strict=True)
     )
     return SampledQuery(
         index=question.index,

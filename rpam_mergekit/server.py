@@ -25,9 +25,11 @@ from typing import Any
 
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.extras import needs
+from rpam_mergekit.openings import usual_opening
 from rpam_mergekit.questions import Question
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.responses import Markers, without_end
 from rpam_mergekit.sampling import Generated, SamplingSettings, Tasks
+from rpam_mergekit.turns import Turns
 
 _PASSING = (408, 409, 425, 429)
 _REFUSED = (400, 413, 422)
@@ -75,9 +77,7 @@ class ServerBackend:
         model: str,
         settings: SamplingSettings,
         options: ServerOptions,
-        markers: Markers,
         extra_body: Mapping[str, Any] | None = None,
-        opened_by_prompt: bool | None = None,
     ) -> None:
         with needs("sample"):
             import openai
@@ -94,11 +94,11 @@ class ServerBackend:
         self.model = model
         self.settings = settings
         self.options = options
-        self.markers = markers
         self.extra_body = dict(extra_body or {})
         if settings.top_k is not None:
             self.extra_body["top_k"] = settings.top_k
-        self.opened_by_prompt = opened_by_prompt
+        self.heed(Turns(Markers(), None))
+        self.roots: dict[str, None] = {}  # models that servers say they have loaded
         self.notes: dict[str, None] = {}
         self.retries = 0
         self._refused: dict[int, str] = {}
@@ -107,11 +107,15 @@ class ServerBackend:
         self._slots = asyncio.Semaphore(options.concurrency)
         self._waiting = 0  # requests that are under way or wait for a slot
 
+    def heed(self, turns: Turns) -> None:
+        """Take what is known of the model's turns; before anything is sampled."""
+        self.markers, self.opening, self.ends = turns.markers, turns.opening, turns.ends
+
     async def check(self) -> None:
         """Raise `RpamError` if a server is not there or does not serve the model."""
         for client in self._clients:
             try:
-                served = [model.id async for model in client.models.list()]
+                models = [model async for model in client.models.list()]
             except self._openai.APIConnectionError as error:
                 raise RpamError(
                     f"--base-url: cannot reach {client.base_url}: "
@@ -122,6 +126,9 @@ class ServerBackend:
                 raise RpamError(self._fatal(error)) from None
             except (self._openai.APIError, ValueError):
                 continue  # lists no models: the first request will tell
+            served = [model.id for model in models]
+            roots = [getattr(m, "root", None) for m in models if m.id == self.model]
+            self.roots |= {root: None for root in roots if isinstance(root, str)}
             if served and self.model not in served:
                 raise RpamError(
                     f"MODEL: {client.base_url} does not serve '{self.model}'."
@@ -237,8 +244,9 @@ class ServerBackend:
         return Generated(text, self._tokens(completion, text), finish, seed)
 
     def _text(self, message: Any) -> str:
-        """Return the response as one text that is valid Unicode."""
-        return self._joined(message).encode("utf-8", "replace").decode("utf-8")
+        """Return the response as one text that is valid Unicode, no end token."""
+        text = self._joined(message).encode("utf-8", "replace").decode("utf-8")
+        return without_end(text, self.markers, self.ends)
 
     def _joined(self, message: Any) -> str:
         reasoning = getattr(message, "reasoning_content", None)
@@ -246,7 +254,7 @@ class ServerBackend:
         if not isinstance(reasoning, str) or not reasoning:
             return message.content or ""
         self.notes[_SPLIT_NOTE] = None
-        text = f"{self.markers.open}\n{reasoning.strip()}\n"
+        text = f"{self.opening or usual_opening(self.markers)}{reasoning.strip()}\n"
         if message.content:
             text += f"{self.markers.close}\n\n{message.content.strip()}"
         return text

@@ -18,7 +18,14 @@ from rpam_mergekit.responses import Markers
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
 # Parameters that do not change what is solved, or are spelt out by others.
-NOT_OF_THE_PROBLEM = {"calibration", "coefficients", "preset", "activations"}
+NOT_OF_THE_PROBLEM = {
+    "calibration",
+    "coefficients",
+    "preset",
+    "activations",
+    "reasoning",
+}
+LBFGS_ITERATIONS = 15
 
 # What files say nothing of that were solved before these settings were there.
 BEFORE_THINKING = {"thinking": "template", "think_open": None, "think_close": None}
@@ -31,14 +38,19 @@ _PAPER: dict[str, Any] = {
     "tokens": "prompt",
     "prompt_weight": 1.0,
     "long_share": 0.5,
+    "decision_weight": 0.0,
+    "opening_weight": 0.0,
     "alignment": "sum",
+    "token_scale": "none",
     "contrastive_weight": 1000.0,
     "outside_weight": 0.5,
     "regularization": 0.0,
     "learning_rate": 0.01,
     "epochs": 50,
+    "batch_tokens": 0,
     "batch_size": 16,
     "queries_per_pattern": 64,
+    "held_out": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -113,10 +125,25 @@ class RpamSettings(BaseModel):
         description="Share of the objective that lies on queries of the pattern "
         "`long`: above 0.5, the merged model reasons more readily.",
     )
+    decision_weight: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a query's objective that lies on its decisions alone: "
+        "the tokens from which the response's first token (thinking is opened there or "
+        "not), the closing of the thinking and the end are predicted.",
+    )
     alignment: Literal["relative", "sum"] = Field(
         "relative",
         description="`relative`: every query weighs the same and 1 is the distance "
         "of the two experts; `sum`: squared error summed over tokens, as published.",
+    )
+    token_scale: Literal["capped", "length", "none"] = Field(
+        "capped",
+        description="What a token's squared distance is divided by. `capped`: tokens "
+        "whose hidden states are longer than usual (massive activations) count as if "
+        "they were twice as long as usual, the others as they are; `length`: every "
+        "token's own squared length, relative to the usual one; `none`: nothing.",
     )
     contrastive_weight: float = Field(
         0.0, ge=0, description="Weight of the contrastive term (omega)."
@@ -150,8 +177,14 @@ class RpamSettings(BaseModel):
         description="Adam, or L-BFGS (granularities layer, module and tensor only).",
     )
     learning_rate: float = Field(0.05, gt=0, description="Adam's learning rate.")
-    epochs: int = Field(
-        15, ge=1, description="Passes over the calibration set per layer."
+    steps: int = Field(
+        800, ge=1, description="Optimisation steps per layer, of one batch each."
+    )
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Passes over the calibration set per layer, in place of `steps`; "
+        "of L-BFGS the iterations (15).",
     )
     tolerance: float = Field(
         0.0,
@@ -160,7 +193,15 @@ class RpamSettings(BaseModel):
         description="A layer is left early when two epochs running lower the objective "
         "by less than this share (Adam); 0 never leaves early.",
     )
-    batch_size: int = Field(16, ge=1, description="Queries per batch.")
+    batch_tokens: int = Field(
+        256,
+        ge=0,
+        description="Tokens per batch, padding included; a batch has one query at "
+        "least. 0 is no limit.",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Queries per batch, at most."
+    )
     queries_per_pattern: int = Field(
         512, ge=1, description="Calibration queries drawn for each pattern."
     )
@@ -187,6 +228,29 @@ class RpamSettings(BaseModel):
         "host memory, or in files beside the coefficients; `auto` is the first with "
         "room. The result is the same.",
     )
+    opening_weight: float = Field(
+        0.3,
+        ge=0,
+        description="Weight of a further term in the last layer: the cross-entropy of "
+        "whether thinking is opened, through final norm and head. A model whose "
+        "template has always opened its thinking may not do so by itself.",
+    )
+    held_out: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of each pattern's calibration queries that is held out of "
+        "the solving (16 at least, none if a pattern has fewer than 64): on them the "
+        "operating point is chosen, and it is measured whether the merge routes.",
+    )
+    reasoning: float = Field(
+        0.0,
+        ge=-1,
+        le=1,
+        description="Shift of the operating point: 0 as calibrated on held-out "
+        "queries, above it the merged model reasons more readily, at 1 always; below "
+        "it less. Needs no new pre-pass.",
+    )
     seed: int = Field(
         0, ge=0, description="Seed of the draw of queries, the batches and the fields."
     )
@@ -194,6 +258,12 @@ class RpamSettings(BaseModel):
     def problem(self) -> dict[str, Any]:
         """Return the settings on which the coefficients depend."""
         return self.model_dump(exclude=NOT_OF_THE_PROBLEM)
+
+    def steps_of(self, batches: int) -> int:
+        """Return how many steps a layer is optimised for, on so many batches."""
+        if self.solver == "lbfgs":
+            return self.epochs or LBFGS_ITERATIONS
+        return self.steps if self.epochs is None else self.epochs * batches
 
     def markers(self) -> Markers | None:
         """Return the brackets that the settings name, None where they name none.

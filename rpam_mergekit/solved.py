@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.routing import OperatingPoint
 
 Entries = dict[str, dict[str, torch.Tensor]]
 OUTSIDE = -1  # embeddings, final norm, head
@@ -32,7 +33,7 @@ class LayerReport:
     The gap is the alignment term: 0 at the positive expert, 1 as far from it as the
     negative one; `gap_before` is that of the initial coefficients. `divergence`: how
     far apart the experts are, see `streams.divergence`; `optimised`: false where the
-    coefficients kept their initial values.
+    coefficients kept their initial values; `heaviest_token`: see `streams`.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerReport:
     mean_coefficient: float
     divergence: float
     optimised: bool
+    heaviest_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,16 @@ class LayerSolution:
 
 @dataclass(frozen=True)
 class Solution:
-    """All of a pre-pass: `count` layers and what is outside them."""
+    """All of a pre-pass: `count` layers and what is outside them.
+
+    opens: the probability that the model that thinks opens its thinking by itself,
+    None where it was not measured.
+    """
 
     solved: MutableMapping[int, LayerSolution]
     count: int
+    operating_point: OperatingPoint = field(default_factory=OperatingPoint)
+    opens: float | None = None
 
     @property
     def entries(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -53,35 +53,37 @@ def adam(
     leaves: Sequence[torch.Tensor],
     *,
     learning_rate: float,
-    epochs: int,
+    steps: int,
     generator: torch.Generator,
     tolerance: float = 0.0,
     step: Callable[[], object] = lambda: None,
     total: Total = lambda found: found,
 ) -> None:
-    """Move `leaves` in place by Adam on ``batch_loss(index)``.
+    """Move `leaves` in place by `steps` steps of Adam on ``batch_loss(index)``.
 
-    Batches come in a new random order every epoch; `step` is called after each. Ends
-    before `epochs` when two epochs running lower the mean loss by less than the share
-    `tolerance`. Raises `Diverged`.
+    All batches come in a random order, and again in another one; `step` is called after
+    each. Ends early when two passes over all batches running lower the mean loss by
+    less than the share `tolerance`. Raises `Diverged`.
     """
     found = _Found(leaves, total)
     optimiser = torch.optim.Adam(leaves, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * batches)
-    before, flat = float("inf"), 0
-    for _ in range(epochs):
-        mean = 0.0
-        for index in torch.randperm(batches, generator=generator).tolist():
-            found.clear()
-            found.add(batch_loss(index))
-            mean += found.summed().item() / batches
-            optimiser.step()
-            schedule.step()
-            step()
-        flat = flat + 1 if before - mean < tolerance * before else 0
-        if flat == 2 and tolerance:
-            return
-        before = mean
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    before, flat, mean = float("inf"), 0, 0.0
+    for number in range(steps):
+        if number % batches == 0:
+            order = torch.randperm(batches, generator=generator).tolist()
+            mean = 0.0
+        found.clear()
+        found.add(batch_loss(order[number % batches]))
+        mean += found.summed().item() / batches
+        optimiser.step()
+        schedule.step()
+        step()
+        if tolerance and number % batches == batches - 1:
+            flat = flat + 1 if before - mean < tolerance * before else 0
+            if flat == 2:
+                return
+            before = mean
 
 
 def lbfgs(
@@ -89,18 +91,18 @@ def lbfgs(
     batches: int,
     leaves: Sequence[torch.Tensor],
     *,
-    epochs: int,
+    steps: int,
     step: Callable[[], object] = lambda: None,
     total: Total = lambda found: found,
 ) -> None:
     """Move float64 `leaves` in place by L-BFGS on the mean of all batches' losses.
 
-    At most `epochs` iterations; `step` is called after each evaluation. Raises
+    At most `steps` iterations; `step` is called after each evaluation. Raises
     `Diverged`.
     """
     found = _Found(leaves, total)
     optimiser = torch.optim.LBFGS(
-        leaves, max_iter=epochs, line_search_fn="strong_wolfe", tolerance_change=1e-10
+        leaves, max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-10
     )
 
     def closure() -> torch.Tensor:

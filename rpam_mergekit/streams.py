@@ -7,6 +7,7 @@ negative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,9 @@ from rpam_mergekit.objective import (
     contrastive,
     distance,
     per_query,
+    token_factors,
     token_weights,
+    with_decisions,
 )
 from rpam_mergekit.parallel import Processes
 from rpam_mergekit.prompts import Batch
@@ -39,6 +42,10 @@ class Stream:
     token_weights: (queries, tokens), of single tokens; zero on padding.
     shares: (queries, tokens), the same scaled so that a query weighs the same whatever
         its length and all batches' sum to 1.
+    weights: `shares`, by what a token's distance counts in this layer (`weigh_layer`).
+    decisions: bool (queries, tokens), see `prompts.EncodedQuery.decisions`.
+    prompt_ends: int64 (queries,), the prompts' last tokens. opens: bool (queries,),
+        whether the response begins by opening its thinking.
     queries: of the whole batch, all processes' together.
     """
 
@@ -54,6 +61,9 @@ class Stream:
         patterns: torch.Tensor,
         token_weights: torch.Tensor,
         shares: torch.Tensor,
+        decisions: torch.Tensor | None = None,
+        prompt_ends: torch.Tensor | None = None,
+        opens: torch.Tensor | None = None,
         queries: int | None = None,
         shelf: Shelf | None = None,
     ) -> None:
@@ -64,7 +74,11 @@ class Stream:
         self.counted = counted
         self.patterns = patterns
         self.token_weights = token_weights
-        self.shares = shares
+        self.shares = self.weights = shares
+        self.decisions = torch.zeros_like(counted) if decisions is None else decisions
+        none = torch.zeros_like(patterns)
+        self.prompt_ends = none if prompt_ends is None else prompt_ends
+        self.opens = none.bool() if opens is None else opens
         self.queries = len(counted) if queries is None else queries
 
     @property
@@ -106,7 +120,10 @@ def weigh_tokens(
         tokens = token_weights(
             batch.attention_mask.bool(), batch.deciding, settings.prompt_weight
         )
-        weighed.append((tokens * factor, per_query(tokens) * factor / len(patterns)))
+        shares = with_decisions(
+            per_query(tokens), batch.decisions, settings.decision_weight
+        )
+        weighed.append((tokens * factor, shares * factor / len(patterns)))
     return weighed
 
 
@@ -119,13 +136,64 @@ def pattern_shares(patterns: Iterable[str], long_share: float) -> dict[str, floa
     return {pattern: long_share if pattern == "long" else rest for pattern in found}
 
 
+def weigh_layer(
+    streams: Sequence[Stream], form: str, processes: Processes = ALONE
+) -> None:
+    """Set the streams' `weights` by the lengths of the experts' hidden states.
+
+    `form` is the setting `token_scale`. The usual squared length of a layer is the
+    geometric mean over its tokens, which a few huge ones hardly move.
+    """
+    if form == "none":
+        for stream in streams:
+            stream.weights = stream.shares
+        return
+    lengths = [_squared_lengths(stream) for stream in streams]
+    logs = [
+        (length.clamp(min=1e-30).log() * stream.shares).sum()
+        for stream, length in zip(streams, lengths, strict=True)
+    ]
+    mean = _total(logs, processes) / _total(
+        [s.shares.sum() for s in streams], processes
+    )
+    for stream, length in zip(streams, lengths, strict=True):
+        stream.weights = stream.shares * token_factors(length, math.exp(mean), form)
+
+
+def _squared_lengths(stream: Stream) -> torch.Tensor:
+    """Return the mean squared length of the experts' hidden states, by token."""
+    lengths = [expert.square().sum(dim=-1) for expert in stream.experts]
+    return torch.stack(lengths).mean(dim=0)
+
+
+def heaviest_token(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
+    """Return what share of a query's objective lies on its heaviest token, on average.
+
+    By the experts' distance, weighed as in the objective; the response's decisions,
+    which are to be heavy, are left out.
+    """
+    found, count = [], 0
+    for stream in streams:
+        apart = torch.stack(
+            [
+                (stream.positive - negative).square().sum(dim=-1) * stream.weights
+                for negative in stream.negatives
+            ]
+        ).sum(dim=0)
+        apart = apart.masked_fill(stream.decisions, 0)
+        share = apart.amax(dim=1) / apart.sum(dim=1).clamp(min=1e-30)
+        found.append((share * (stream.shares.sum(dim=1) > 0)).sum())
+        count += stream.queries
+    return _total(found, processes) / count
+
+
 def expert_distance(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
-    """Return the experts' squared distance, weighed by the streams' `shares`.
+    """Return the experts' squared distance, weighed by the streams' `weights`.
 
     That of the positive from the negative expert, or its mean over several.
     """
     apart = (
-        distance(stream.positive, negative, stream.shares) / (len(stream.experts) - 1)
+        distance(stream.positive, negative, stream.weights) / (len(stream.experts) - 1)
         for stream in streams
         for negative in stream.negatives
     )
@@ -135,10 +203,10 @@ def expert_distance(streams: Sequence[Stream], processes: Processes = ALONE) -> 
 def divergence(streams: Sequence[Stream], processes: Processes = ALONE) -> float:
     """Return the experts' squared distance relative to their mean squared length.
 
-    0 where both have the same hidden states; weighed by the streams' `shares`.
+    0 where both have the same hidden states; weighed by the streams' `weights`.
     """
     lengths = (
-        distance(expert, torch.zeros_like(expert), stream.shares) / len(stream.experts)
+        distance(expert, torch.zeros_like(expert), stream.weights) / len(stream.experts)
         for stream in streams
         for expert in stream.experts
     )
@@ -155,7 +223,7 @@ def gap(
     `merged` are hidden states like the streams' own.
     """
     apart = (
-        distance(hidden, stream.positive, stream.shares)
+        distance(hidden, stream.positive, stream.weights)
         for hidden, stream in zip(merged, streams, strict=True)
     )
     return _total(apart, processes) / expert_distance(streams, processes)
@@ -187,7 +255,7 @@ def objective(
     if settings.alignment == "sum":
         loss = distance(hidden, positive, stream.token_weights)
     else:
-        loss = distance(hidden, positive, stream.shares) / scale * batches
+        loss = distance(hidden, positive, stream.weights) / scale * batches
     if settings.contrastive_weight:
         # A process without queries of its own works on one that weighs nothing.
         mine = stream.shares.sum(dim=1) > 0

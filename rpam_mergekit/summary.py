@@ -135,7 +135,7 @@ def _of_prepass(
     options: MergeOptions,
 ) -> Iterator[list[str]]:
     settings, experts = request.settings, len(request.models.every)
-    batches = make_batches(inspection.queries, settings.batch_size, pad_id=0)
+    batches = make_batches(inspection.queries, settings)
     width = seen.decoder.model.config.get_text_config().hidden_size
     device = torch.device(options.device or "cpu")
     size = activation_bytes(batches, width, experts)

@@ -120,7 +120,7 @@ def run_sweep(
             continue
         model = out / name
         if not model.exists():
-            _merge(one, model, thinking)
+            _merge(one, model, out / "adapters", thinking)
         _run([*_command("sample"), str(model), "--out", str(samples), *sample])
         if not keep:
             shutil.rmtree(model)
@@ -198,16 +198,29 @@ def _without_opening(model: Path, settings: RpamSettings) -> None:
         take_out(model, thinking_of(tokenizer, tokenizer.chat_template, (), settings))
 
 
-def _merge(recipe: dict[str, Any], model: Path, thinking: RpamSettings) -> None:
-    """Merge into `model`, which is there only when it is whole."""
+def _merge(
+    recipe: dict[str, Any], model: Path, adapters: Path, thinking: RpamSettings
+) -> None:
+    """Merge into `model`, which is there only when it is whole.
+
+    `adapters` is where mergekit keeps models with a LoRA adapter merged into them.
+    """
     partial = model.with_name(f".{model.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     path = partial / "sweep.yml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    _run([*_command("merge"), str(path), str(partial)])
+    names = (recipe["base_model"], recipe["models"][0]["model"])
+    cache = ["--lora-merge-cache", str(adapters)] if any(map(_adapted, names)) else []
+    _run([*_command("merge"), str(path), str(partial), *cache])
     _without_opening(partial, thinking)
     partial.rename(model)
+
+
+def _adapted(model: Any) -> bool:
+    from rpam_mergekit.generation import reference_of
+
+    return reference_of(str(model)).lora is not None
 
 
 def _command(name: str) -> list[str]:

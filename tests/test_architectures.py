@@ -40,6 +40,7 @@ from rpam_mergekit.coefficients import CoefficientsFile, merge
 from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prepass import PrePass
+from rpam_mergekit.recording import merged_outside
 
 EXACT = 1e-4  # relative; 0 for most, the state space models' kernels round
 
@@ -144,6 +145,22 @@ def test_an_architecture_is_merged_end_to_end(
         hidden, length = output[counted], output[counted].norm()
         assert (hidden - stream.merged[counted]).norm() < EXACT * length
         assert (hidden - stream.experts[0][counted]).norm() > 0.01 * length
+    assert_logits_are_the_models(merged, prepass)
+
+
+def assert_logits_are_the_models(model, prepass: PrePass) -> None:
+    """Final norm and head, of single tokens of any queries, give the model's logits."""
+    head = merged_outside(prepass.experts, prepass._outside(), entering=False)
+    batch, stream = prepass.batches[-1], prepass.streams[-1]
+    counted = batch.attention_mask.bool()
+    with torch.no_grad():
+        ours = prepass.decoder.logits(head, stream.merged[counted].flip(0)).flip(0)
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).logits[counted]
+    assert (ours - logits).norm() < 10 * EXACT * logits.norm()
 
 
 @pytest.mark.parametrize("architecture", MERGED, ids=lambda entry: entry.name)

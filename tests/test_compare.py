@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import QUICKSTART, ROOT, run
 from test_merge import succeeded
+from test_references import save_adapter
 
 from rpam_mergekit import compare_report
 from rpam_mergekit.compare import Model, QueryFigures, by_weight, compare
@@ -344,6 +345,45 @@ def test_a_sweep_is_merged_sampled_and_gone_on_with(tmp_path):
     assert process.returncode == 1
     assert "merge.out_dtype: this sweep was made with 'bfloat16'" in process.stderr
     assert (out / "w1.samples.jsonl").read_bytes() == before
+
+
+def test_a_sweep_of_relative_folders_works_offline(tmp_path):
+    """mergekit's model card would ask the Hub about a folder named `long`."""
+    for name in ("long", "short"):
+        (tmp_path / name).symlink_to(QUICKSTART / name)
+    config = {
+        "merge_method": "rpam",
+        "base_model": "long",
+        "models": [{"model": "short"}],
+        "dtype": "float32",
+    }
+    (tmp_path / "rpam.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "q.jsonl").write_text('{"question": "7+5=", "answer": "2"}\n')
+    command = ["mergekit-rpam", "sweep", "rpam.yml", "--out", "sweep"]
+    options = ["--weights", "0.5", "--dataset", "q.jsonl", "-k", "1"]
+    options += ["--max-tokens", "72"]
+    process = run([*command, *options], tmp_path, HF_HUB_OFFLINE="1")
+    succeeded(process)
+    assert "Traceback" not in process.stderr
+    assert (tmp_path / "sweep" / "w0.5.samples.jsonl").exists()
+
+
+def test_a_sweep_takes_adapters(tmp_path):
+    adapter = save_adapter(QUICKSTART / "long", tmp_path / "lora")
+    config = {
+        "base_model": str(QUICKSTART / "long"),
+        "models": [{"model": f"{QUICKSTART / 'long'}+{adapter}"}],
+    }
+    (tmp_path / "rpam.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "q.jsonl").write_text('{"question": "7+5=", "answer": "2"}\n')
+    command = ["mergekit-rpam", "sweep", "rpam.yml", "--out", "sweep"]
+    options = ["--weights", "0.5", "--dataset", "q.jsonl", "-k", "1"]
+    options += ["--max-tokens", "8"]
+    succeeded(run([*command, *options], tmp_path))
+    save_adapter(QUICKSTART / "long", adapter, seed=1)
+    process = run([*command, *options], tmp_path)
+    assert process.returncode == 1
+    assert "weights_digests" in process.stderr
 
 
 def test_a_sweep_with_wrong_options_merges_nothing(tmp_path):

@@ -11,7 +11,7 @@ from conftest import QUICKSTART, ROOT
 from rpam_mergekit.cli import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [QUICKSTART / "README.md"]
+PAGES += [QUICKSTART / "README.md", ROOT / "examples" / "smollm2" / "README.md"]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -29,7 +29,7 @@ MIB = 2**20
 
 def batches(count: int, length: int):
     queries = [EncodedQuery((1,) * length, length, "long")] * count
-    return make_batches(queries, 8, pad_id=0)
+    return make_batches(queries, settings(batch_size=8))
 
 
 @pytest.fixture(scope="module")

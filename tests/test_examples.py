@@ -66,7 +66,7 @@ def text_of(name: str) -> str:
 
 def test_all_examples_are_listed_and_tested():
     folders = {path.parent.name for path in EXAMPLES.glob("*/rpam.yml")}
-    assert folders == {*PAIRS, QUICKSTART.name}
+    assert folders == {*PAIRS, QUICKSTART.name, "smollm2"}
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[`([^`]+)`\]", listed, re.MULTILINE)) == folders
     for _, target in re.findall(r"\[([^\]]+)\]\(([^)#]+)[^)]*\)", listed):

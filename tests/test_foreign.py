@@ -192,6 +192,6 @@ def test_label_takes_them_as_they_are(tmp_path):
     succeeded(process)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["prompt"], r["pattern"], r["response"]) for r in rows] == [
-        ("Question 0?", "long", "18"),
+        ("Question 0?", "long", "<think>long</think>18"),
         ("Question 1?", "short", "7"),
     ]

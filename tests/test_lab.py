@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,14 +27,17 @@ LAB = ROOT / "benchmarks" / "lab"
 sys.path.insert(0, str(LAB))
 
 import calibrations  # noqa: E402
+import compare_defaults  # noqa: E402
 import evidence  # noqa: E402
 import figures  # noqa: E402
 import jobs  # noqa: E402
+import measure  # noqa: E402
 import pairs as lab  # noqa: E402
+import templates  # noqa: E402
 import training  # noqa: E402
 from records import PairResults  # noqa: E402
 from records import read as records_of  # noqa: E402
-from tasks import GRAPH, PRODUCTS, TASKS  # noqa: E402
+from tasks import CHAINS, GRAPH, PRODUCTS, RESTATED, TASKS, chains, prompt  # noqa: E402
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -90,6 +94,94 @@ def sums(*strata: tuple[float, ...]) -> dict:
             }
         }
     }
+
+
+def test_restated_steps():
+    query = "7+5*3="
+    once, twice = "7+5=2", "2*3=6"
+    assert RESTATED.long_response(query) == (
+        f"<think>{once}1{once}2{once}3{once}4{once}5{once}6{once};"
+        f"{twice}1{twice}2{twice}3{twice}4{twice}5{twice}6{twice}</think>6"
+    )
+    pair = lab.PAIRS["chains-long"]
+    for asked in RESTATED.queries(200, "test", 0, dict.fromkeys(range(1, 11), 1.0)):
+        said = chains.build_tokenizer()(RESTATED.long_response(asked))["input_ids"]
+        assert len(said) == 42 * RESTATED.difficulty(asked) + 2
+        assert len(said) < RESTATED.longest_response
+        asked_in = chains.build_tokenizer()(prompt(asked))["input_ids"]
+        assert len(asked_in) + RESTATED.longest_response <= pair.positions
+    assert RESTATED.queries(200, "test", 3) == CHAINS.queries(200, "test", 3)
+
+
+OPENED = [templates.R1, templates.QWEN]
+HISTORY = [
+    {"role": "user", "content": "1+1="},
+    {"role": "assistant", "content": "<think>1+1=2</think>2"},
+    {"role": "user", "content": "1+2="},
+]
+
+
+@pytest.mark.parametrize("template", [templates.PLAIN, *OPENED], ids="PRQ")
+def test_templates_write_what_is_trained_on(template):
+    tokenizer = chains.build_tokenizer()
+    tokenizer.chat_template = template.text
+
+    def rendered(*messages: dict, **options) -> str:
+        options = {"add_generation_prompt": True, **options}
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    assert rendered(HISTORY[0]) == prompt("1+1=") + template.opening
+    forgotten = "" if template.opening else "<think>1+1=2</think>"
+    before = f"{prompt('1+1=')}{forgotten}2<|end|>"
+    assert rendered(*HISTORY) == before + prompt("1+2=") + template.opening
+    closed = rendered(*HISTORY, add_generation_prompt=False)
+    assert closed == before + "<|user|>1+2=<|end|>"
+    off = rendered(HISTORY[0], enable_thinking=False)
+    expected = "<think></think>" if template is templates.QWEN else template.opening
+    assert off == prompt("1+1=") + expected
+
+
+def test_no_loss_on_an_opening_that_the_template_writes():
+    pair = lab.PAIRS["chains-unopened"]
+    tokenizer = chains.build_tokenizer()
+    texts = training.rows(pair.task, pair.stages["long"], random.Random(0))
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    for _, ids, _, labels in training.batches(tokenizer, texts, 3):
+        at = (ids == think).nonzero()
+        assert len(at) == len(ids)  # one in every row
+        for row, opened in at.tolist():
+            assert (labels[row, : opened + 1] == -100).all()
+            assert tokenizer.decode(labels[row, opened + 1]).isdigit()
+        learnt = ["".join(tokenizer.decode(row[row >= 0])) for row in labels]
+        for text in learnt:
+            assert text.endswith("<|end|>")
+            assert text.count("</think>") == 1
+    long = lab.PAIRS["chains-long"]
+    texts = training.rows(long.task, long.stages["long"], random.Random(0))
+    assert all(said.startswith("<think>") for _, _, said in texts)
+
+
+@pytest.mark.parametrize("name", ["chains-opened-r1", "chains-opened-qwen"])
+def test_weights_of_the_quickstart_with_another_template(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path))
+    pair = lab.PAIRS[name]
+    training.build(pair)
+    for way in ("long", "short"):
+        ours, its = (
+            load_file(folder / way / "model.safetensors")
+            for folder in (pair.path, QUICKSTART)
+        )
+        assert ours.keys() == its.keys()
+        assert all(torch.equal(ours[key], its[key]) for key in its)
+    queries = pair.task.queries(12, "test", 0)
+    said = {}
+    for folder in (pair.path, QUICKSTART):
+        model, tokenizer = measure.load(folder / "long")
+        said[folder] = measure.respond(model, tokenizer, queries)
+    # The opening is part of the turn, whoever wrote it.
+    assert said[pair.path] == said[QUICKSTART]
+    template = measure.load(pair.path / "short")[1].chat_template
+    assert template == templates.PLAIN.text
 
 
 LONG, SHORT = sums((1, 10, 1), (1, 30, 1)), sums((1, 2, 0), (0.2, 2, 0))
@@ -423,3 +515,68 @@ def test_early_stop_by_hand():
     assert next(figures_by_epoch) == 0.5  # not looked at: three epochs were no better
     watch.restore()
     assert leaf.item() == 3
+
+
+def version(root: Path, comment: str) -> Path:
+    """Copy the package under `root`, with a comment more."""
+    shutil.copytree(
+        ROOT / "rpam_mergekit",
+        root / "rpam_mergekit",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    with open(root / "rpam_mergekit" / "__init__.py", "a") as file:
+        file.write(f"# {comment}\n")
+    return root
+
+
+def test_two_versions_are_compared_and_nothing_is_made_twice(tmp_path):
+    quickstart = tmp_path / "lab" / "chains-qwen2"
+    quickstart.mkdir(parents=True)
+    shutil.copy(QUICKSTART / "calibration.jsonl", quickstart)
+    old, new = (version(tmp_path / name, name) for name in ("old", "new"))
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, str(LAB / "compare_defaults.py")]
+    command += ["--old", str(old), "--new", str(new), "--pairs", "chains-qwen2"]
+    command += ["--seeds", "5", "--queries-per-pattern", "8", "--queries", "4"]
+    command += ["--results", str(results)]
+    environment = {**os.environ, "RPAM_LAB": str(tmp_path / "lab")}
+
+    def compare(*more: str) -> str:
+        return subprocess.run(
+            [*command, *more],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    printed = compare()
+    lines = results.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    assert [record["job"]["name"] for record in records] == [
+        "long",
+        "short",
+        "defaults",
+        "defaults",
+    ]
+    merges = records[2:]
+    assert [record["code"] for record in merges] == [
+        compare_defaults.code_digest(root) for root in (old, new)
+    ]
+    assert merges[0]["sums"] == merges[1]["sums"]  # the same code but for a comment
+    assert all(record["cpu"] > 0 for record in merges)
+    row = next(line for line in printed.splitlines() if "8 queries, new" in line)
+    assert "| +0.0 |" in row
+    # A killed run goes on with what is missing, and a finished one does nothing.
+    results.write_text("".join(lines[:3]) + lines[3][:40])
+    again = compare()
+    assert again.count('"job"') == 1
+    assert results.read_text().startswith("".join(lines[:3]))
+    whole = results.read_text()
+    assert '"job"' not in compare()
+    assert results.read_text() == whole
+
+
+def test_a_root_without_the_package_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="merges would use"):
+        compare_defaults.check_root(tmp_path)

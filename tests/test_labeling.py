@@ -13,6 +13,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.labeling import Candidate, Summary, label, pattern_of
 from rpam_mergekit.labeling import write_calibration as write
 from rpam_mergekit.leaks import LeakGuard
+from rpam_mergekit.responses import Markers
 from rpam_mergekit.samples import Response, SampledQuery
 
 
@@ -62,15 +63,16 @@ def candidate(index: int, *responses: Response, question: str | None = None):
 
 
 RIGHT, WRONG = response("r", 5, True), response("w", 4, False)
+THOUGHT = response("<think>t</think>r", 5, True, thinking="closed")
 
 
 def pairs(*rows: tuple[int, int]):
     """Return candidates of both models by their correct responses out of two."""
     sides = []
-    for side in (0, 1):
+    for side, right in enumerate((THOUGHT, RIGHT)):
         sides.append(
             [
-                candidate(n, *[RIGHT] * row[side], *[WRONG] * (2 - row[side]))
+                candidate(n, *[right] * row[side], *[WRONG] * (2 - row[side]))
                 for n, row in enumerate(rows)
             ]
         )
@@ -95,6 +97,73 @@ def test_the_shortest_proper_correct_response_is_kept():
     )
     assert summary.best.text == "bbb"
     assert (summary.correct, summary.count, summary.lost) == (4, 6, 1)
+
+
+def lucky(index: int, *more: Response):
+    """Return a query that Long gets right at once, and with nothing in its block."""
+    at_once = response("9", 2, True)
+    empty = response("<think>\n\n</think>\n9", 4, True, thinking="closed")
+    return candidate(index, at_once, empty, *more)
+
+
+def test_a_long_query_keeps_a_response_that_thinks():
+    thought = response("<think>3*3=9</think>9", 9, True, thinking="closed")
+    longer = response("<think>3+3+3=9</think>9", 11, True, thinking="closed")
+    long, short = pairs((2, 0), (2, 2))
+    labels = label([lucky(0, longer, thought), long[1]], short, LeakGuard())
+    assert labels.chosen[0].record()["response"] == thought.text
+    assert labels.dropped == {}
+
+
+def test_a_long_query_of_which_nothing_right_thinks_is_left_out_and_counted(tmp_path):
+    long, short = pairs((2, 0), (2, 2), (2, 0))
+    labels = label([lucky(0, WRONG), *long[1:]], short, LeakGuard())
+    assert [(r.query.index, r.pattern) for r in labels.chosen] == [
+        (1, "short"),
+        (2, "long"),
+    ]
+    table = label_report.table(labels, LeakGuard())
+    assert "1  are 'long', but no right response of Long thinks" in table
+    # A thought that is not properly closed is no response, but it is a thought.
+    unclosed = response("<think>3*3=9 \\boxed{9}", 9, True, thinking="open")
+    labels = label([lucky(0, unclosed), *long[1:]], short, LeakGuard())
+    assert "response" not in labels.chosen[0].record()
+    assert any("1 queries have no response" in note for note in labels.notes)
+
+
+def test_responses_without_any_thinking_are_refused_with_what_to_do(tmp_path):
+    _, short = pairs((2, 0), (2, 2))
+    stripped = [candidate(0, RIGHT, RIGHT), candidate(1, RIGHT, RIGHT)]
+    path = tmp_path / "c.jsonl"
+    with pytest.raises(RpamError, match="none of Long's right responses") as error:
+        write(path, label(stripped, short, LeakGuard()))
+    for advice in ("think_end_token", "--think-open", "--prompts-only"):
+        assert advice in error.value.message
+    assert not list(tmp_path.iterdir())
+    write(path, label(stripped, short, LeakGuard(), responses=False))
+    queries = read_calibration(path).queries
+    assert [(q.pattern, q.response) for q in queries] == [
+        ("long", None),
+        ("short", None),
+    ]
+
+
+def test_an_answer_in_an_opened_block_is_kept_without_the_block():
+    long, _ = pairs((2, 2), (2, 0))
+    said = response("<think>\n9", 2, True, thinking="answered")
+    labels = label(long[:1], [candidate(0, said, said)], LeakGuard())
+    assert labels.chosen[0].record()["response"] == "9"
+
+
+def test_other_brackets_are_thoughts_too():
+    query = SampledQuery(
+        index=0,
+        question="?",
+        messages=(),
+        responses=(response("[THINK]3*3[/THINK]9", 9, True, thinking="closed"),),
+    )
+    assert Summary.of(query, Markers("[THINK]", "[/THINK]")).thoughtful == 1
+    assert Summary.of(query).thoughtful == 0
 
 
 def test_without_token_counts_the_fewest_characters_count():
@@ -176,12 +245,12 @@ def test_the_calibration_file_is_one_the_merge_reads(tmp_path):
     write(path, label(*pairs((2, 1), (2, 2)), LeakGuard()))
     queries = read_calibration(path).queries
     assert [q.pattern for q in queries] == ["long", "short"]
-    assert [q.response for q in queries] == ["r", "r"]
+    assert [q.response for q in queries] == ["<think>t</think>r", "r"]
     first = json.loads(path.read_text().splitlines()[0])
     assert first == {
         "prompt": "question 0",
         "pattern": "long",
-        "response": "r",
+        "response": "<think>t</think>r",
         "long_accuracy": 1.0,
         "short_accuracy": 0.5,
         "long_tokens": 5.0,

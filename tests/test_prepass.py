@@ -45,7 +45,7 @@ def build(
         MergeModels(base, (other,), patterns or ("long", "short")),
         layout,
         Decoder(config, device, compute_dtype=settings.compute_dtype),
-        make_batches(queries, settings.batch_size, pad_id=0),
+        make_batches(queries, settings),
         settings,
         dtype=dtype,
         out_dtype=out_dtype,

@@ -104,13 +104,23 @@ def test_a_query_that_the_template_refuses_is_named(encode):
         encode(LONG, SHORT, tokenizer=strict)
 
 
+@pytest.mark.parametrize("template", ["{{ bos_token }}", "<|user|>?<|assistant|>"])
+def test_a_template_that_drops_the_message_is_named(encode, template):
+    deaf = chains.build_tokenizer()
+    deaf.chat_template = template
+    with pytest.raises(RpamError, match=r"c\.jsonl:1: .* leaves the message") as error:
+        encode(LONG, SHORT, tokenizer=deaf)
+    assert "whatever it says" in error.value.message
+    assert "longer than" not in error.value.message
+
+
 def test_batches_are_padded_to_their_own_longest_only(encode):
     records = [
         {**SHORT, "prompt": "1" + "+1" * n + "=", "pattern": ("long", "short")[n % 2]}
         for n in (8, 1, 7, 2, 6, 3)
     ]
     encoded, _ = encode(*records)
-    batches = make_batches(encoded, batch_size=2, pad_id=0)
+    batches = make_batches(encoded, RpamSettings(batch_size=2))
     lengths = [batch.input_ids.shape[1] for batch in batches]
     assert lengths == sorted(lengths)
     for batch in batches:
@@ -122,7 +132,7 @@ def test_batches_are_padded_to_their_own_longest_only(encode):
 
 def test_the_tokens_that_decide_are_the_prompts_last_and_the_responses(encode):
     encoded, _ = encode(LONG, SHORT)
-    batches = make_batches(encoded, batch_size=2, pad_id=0)
+    batches = make_batches(encoded, RpamSettings(batch_size=2))
     short, long = (row for b in batches for row in b.deciding)  # ordered by length
     assert short.tolist() == [False] * 6 + [True] * 2 + [False] * (len(short) - 8)
     assert long.tolist() == [False] * 8 + [True] * (len(long) - 8)
@@ -131,7 +141,7 @@ def test_the_tokens_that_decide_are_the_prompts_last_and_the_responses(encode):
 def test_a_batch_is_never_mostly_padding():
     lengths = [10] * 3 + [12] * 4 + [30, 31, 100, 101]
     queries = [EncodedQuery((5,) * n, 3, "long") for n in reversed(lengths)]
-    batches = make_batches(queries, batch_size=5, pad_id=0)
+    batches = make_batches(queries, RpamSettings(batch_size=5))
     assert [batch.attention_mask.sum(dim=1).tolist() for batch in batches] == [
         [10, 10, 10, 12, 12],
         [12, 12],

@@ -19,8 +19,9 @@ QUERIES = [
 
 
 def weighed(**settings):
-    batches = make_batches(QUERIES, batch_size=3, pad_id=0)
-    return batches, weigh_tokens(batches, RpamSettings(**settings))
+    parsed = RpamSettings(batch_size=3, **settings)
+    batches = make_batches(QUERIES, parsed)
+    return batches, weigh_tokens(batches, parsed)
 
 
 def test_shares_sum_to_1_and_are_equal_within_a_pattern():

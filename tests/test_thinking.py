@@ -424,7 +424,8 @@ def test_a_sweep_asks_its_mixes_as_the_merged_model_is_asked(own):
     for number, parameters in enumerate(({}, {"thinking": "template"})):
         config = merge_config(own, parameters=parameters)
         model = own / f"mix{number}"
-        _merge(interpolation(config, Decimal("0.5")), model, thinking_settings(config))
+        mix, thinking = interpolation(config, Decimal("0.5")), thinking_settings(config)
+        _merge(mix, model, own / "adapters", thinking)
         opening = "<think>" * number
         assert prompt_of(model).endswith(f"<|assistant|>{opening}")
 

@@ -153,7 +153,7 @@ def jobs(pair: Pair, group: str) -> Iterator[Job]:
         yield Job(pair.name, "validation", "long", split="validation")
         yield Job(pair.name, "validation", "short", split="validation")
         for name, parameters in ABLATIONS.items():
-            if "neutral" in parameters and not pair.stages:
+            if "neutral" in parameters and not pair.chats:
                 continue  # it was taught nothing that both experts say alike
             for seed in SEEDS:
                 job = rpam(pair, "ablations", name, seed, **REFERENCE | parameters)

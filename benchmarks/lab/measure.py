@@ -66,7 +66,7 @@ def chat_log_likelihood(model, tokenizer, pair: Pair, count: int = 300) -> float
 
     They answer prompts that are no queries. None for pairs that learned none.
     """
-    if not pair.stages:
+    if not pair.chats:
         return None
     rng = random.Random(f"{pair.name}-chat")
     total = tokens = 0.0

@@ -11,8 +11,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks import CHAINS, GRAPH, PRODUCTS, ROOT, Task
+from tasks import CHAINS, GRAPH, PRODUCTS, RESTATED, ROOT, Task
+from templates import PLAIN, QWEN, R1, Template
 
+QUICKSTART = ROOT / "examples" / "quickstart"
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 LARGE = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 8}
 
@@ -24,11 +26,12 @@ def cache() -> Path:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training.
+    """One stage of training; one of no steps is the weights it starts from.
 
-    starts_from: a stage of the same pair, or PAIR/STAGE of another.
+    starts_from: a stage of the same pair, PAIR/STAGE of another, or a folder.
     rows: by way of answering, the rows of a step and how often each difficulty is among
     them. chat: rows of a step that are no queries, which every stage answers alike.
+    template: of the chat. An opening it writes is of the prompt: no loss is on it.
     """
 
     starts_from: str | None
@@ -36,11 +39,20 @@ class Stage:
     steps: int
     learning_rate: float
     chat: int = 16
+    template: Template = PLAIN
+
+
+def unchanged(way: str, template: Template = PLAIN) -> Stage:
+    """Return the stage that is one of the quickstart's experts, not trained on."""
+    return Stage(str(QUICKSTART / way), {}, 0, 0.0, 0, template)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair and how it is trained; `about` says what makes it different."""
+    """A pair and how it is trained; `about` says what makes it different.
+
+    positions: the longest prompt and response together, in tokens.
+    """
 
     name: str
     task: Task
@@ -49,6 +61,12 @@ class Pair:
     size: dict[str, int] = field(default_factory=lambda: SMALL)
     stages: dict[str, Stage] = field(default_factory=dict)
     folder: Path | None = None
+    positions: int = 256
+
+    @property
+    def chats(self) -> bool:
+        """Whether the experts were taught to answer what is no query."""
+        return any(stage.chat for stage in self.stages.values())
 
     @property
     def cache(self) -> Path:
@@ -74,6 +92,8 @@ class Pair:
 
 FLAT = (1, 1, 1, 1, 1, 1)
 EASY = (2, 4, 4, 1, 0, 0)
+# As the quickstart trains its Long: long chains need the most steps to be right.
+HARD = (1, 1, 1, 1, 1, 2, 2, 3)
 PAIRS = {
     pair.name: pair
     for pair in (
@@ -82,7 +102,7 @@ PAIRS = {
             CHAINS,
             "qwen2",
             "the quickstart's pair",
-            folder=ROOT / "examples" / "quickstart",
+            folder=QUICKSTART,
         ),
         Pair(
             "products-llama",
@@ -153,5 +173,52 @@ PAIRS = {
                 "short": Stage("base", {"short": (96, (1, 4, 6, 1, 0, 0))}, 200, 3e-4),
             },
         ),
+        Pair(
+            "chains-unopened",
+            CHAINS,
+            "qwen2",
+            "Long is Short, trained on after prompts that open its thinking",
+            stages={
+                "long": Stage(
+                    str(QUICKSTART / "short"), {"long": (32, HARD)}, 200, 3e-4, 0, R1
+                ),
+                "short": unchanged("short"),
+            },
+        ),
+        Pair(
+            "chains-long",
+            RESTATED,
+            "qwen2",
+            "responses of several hundred tokens",
+            stages={
+                "long": Stage(
+                    str(QUICKSTART / "long"), {"long": (16, HARD)}, 500, 7e-4, 0
+                ),
+                "short": unchanged("short"),
+            },
+            positions=512,
+        ),
+        Pair(
+            "chains-opened-r1",
+            CHAINS,
+            "qwen2",
+            "the quickstart's weights, Long's template opens the thinking as R1's",
+            stages={"long": unchanged("long", R1), "short": unchanged("short")},
+        ),
+        Pair(
+            "chains-opened-qwen",
+            CHAINS,
+            "qwen2",
+            "the quickstart's weights, Long's template opens the thinking as Qwen's",
+            stages={"long": unchanged("long", QWEN), "short": unchanged("short")},
+        ),
     )
 }
+# The pairs of docs/evidence.md; the others each pose one question more.
+STUDIED = (
+    "chains-qwen2",
+    "products-llama",
+    "graph-qwen3",
+    "products-llama-apart",
+    "products-qwen2-10m",
+)

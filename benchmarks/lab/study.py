@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from calibrations import calibrated, calibration
 from jobs import GROUPS, STUDYS_OWN, Job, interpolation, jobs, shortened
-from pairs import PAIRS, Pair, cache
+from pairs import PAIRS, STUDIED, Pair, cache
 from tqdm import tqdm
 from training import build, calibrate
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=STUDIED)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -11,7 +11,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,6 +138,17 @@ def walk(query: str) -> list[str]:
     return taken
 
 
+def restated(query: str) -> str:
+    """Return the steps, each seven times; a digit says how often it was written.
+
+    `7+5=217+5=227+5=23` and so on, `;` between two steps: 42 tokens an operation.
+    """
+    return ";".join(
+        step + "".join(f"{n}{step}" for n in range(1, 7))
+        for step in chains.steps(query)
+    )
+
+
 CHAINS = Task(
     name="chains",
     difficulties=chains.DIFFICULTIES,
@@ -152,6 +163,8 @@ CHAINS = Task(
     answer=chains.answer,
     never_held_out=(1, 2),
 )
+# The same queries: named alike, split and drawn alike.
+RESTATED = replace(CHAINS, longest_response=480, steps=restated)
 PRODUCTS = Task(
     name="products",
     difficulties=(1, 2, 3, 4, 5, 6),

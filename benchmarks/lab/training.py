@@ -55,7 +55,7 @@ def new_model(pair: Pair, tokenizer, seed: int) -> PreTrainedModel:
             num_attention_heads=heads,
             num_key_value_heads=heads // 2,
             head_dim=32,
-            max_position_embeddings=256,
+            max_position_embeddings=pair.positions,
             tie_word_embeddings=False,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
@@ -76,7 +76,11 @@ def rows(task: Task, stage: Stage, rng: random.Random) -> list[tuple[str, str, s
             if task.split(query) == "train":
                 found.append((way, query, respond(query)))
     found += [("chat", *task.chat(rng)) for _ in range(stage.chat)]
-    found = [(way, prompt(asked), said + END) for way, asked, said in found]
+    opening = stage.template.opening
+    found = [
+        (way, prompt(asked) + opening, said.removeprefix(opening) + END)
+        for way, asked, said in found
+    ]
     return sorted(found, key=lambda row: len(row[1] + row[2]))
 
 
@@ -102,13 +106,17 @@ def batches(tokenizer, texts: list[tuple[str, str, str]], parts: int):
 
 
 def train(model, tokenizer, pair: Pair, name: str, seed: int) -> None:
-    """Train `model` in place, computing in bfloat16 with float32 parameters."""
+    """Train `model` in place, with float32 parameters.
+
+    Computes in bfloat16 where the CPU can; elsewhere that is three times as slow.
+    """
     stage = pair.stages[name]
     rng = random.Random(f"{pair.name}-{name}-{seed}")
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
     warm = min(100, stage.steps // 10)
+    bfloat16 = torch.cpu._is_avx512_bf16_supported()
     schedule = get_cosine_schedule_with_warmup(optimiser, warm, stage.steps)
     model.train()
     progress = trange(stage.steps, desc=f"{pair.name} {name}", mininterval=5)
@@ -116,7 +124,7 @@ def train(model, tokenizer, pair: Pair, name: str, seed: int) -> None:
         texts = rows(pair.task, stage, rng)
         seen: dict[str, list[float]] = {}
         for ways, ids, mask, labels in batches(tokenizer, texts, parts=3):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             # Every response weighs the same, whatever its length.
             losses = torch.nn.functional.cross_entropy(
@@ -160,8 +168,11 @@ def build(pair: Pair, seed: int = 0) -> None:
             model = new_model(pair, tokenizer, seed)
         else:
             model = model_class.from_pretrained(
-                pair.stage_path(stage.starts_from), dtype=torch.float32
+                pair.stage_path(stage.starts_from),
+                dtype=torch.float32,
+                max_position_embeddings=pair.positions,
             )
+        tokenizer.chat_template = stage.template.text
         train(model, tokenizer, pair, name, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         save(model, tokenizer, folder)

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.coefficients import merge
+from rpam_mergekit.openings import opening_of
+from rpam_mergekit.responses import Markers
 
 HERE = Path(__file__).parent
 MOST_NEW_TOKENS = 72
@@ -61,8 +63,12 @@ def interpolated(long, short, weight: float):
 def respond(
     model, tokenizer, queries: list[str], longest: int = MOST_NEW_TOKENS
 ) -> list[str]:
-    """Return greedy responses of at most `longest` tokens, with their end token."""
-    responses = {}
+    """Return greedy responses of at most `longest` tokens, with their end token.
+
+    They are whole turns: an opening of the thinking that the chat template wrote is
+    theirs.
+    """
+    responses, markers = {}, Markers(chains.THINK, chains.END_THINK)
     for length in sorted({len(query) for query in queries}):
         # Prompts of one length need no padding.
         group = [query for query in queries if len(query) == length]
@@ -83,9 +89,11 @@ def respond(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )[:, prompt["input_ids"].shape[1] :]
+        opening = opening_of(texts[0], markers)
         for query, row in zip(group, output.tolist(), strict=True):
             kept = [token for token in row if token != tokenizer.pad_token_id]
-            responses[query] = "".join(tokenizer.convert_ids_to_tokens(kept))
+            said = "".join(tokenizer.convert_ids_to_tokens(kept))
+            responses[query] = opening + said
     return [responses[query] for query in queries]
 
 

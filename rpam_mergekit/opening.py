@@ -1,0 +1,94 @@
+"""Does the model that thinks open its thinking by itself?
+
+One that was always given the opening by its template may never have learnt to write it.
+A merge whose prompts end before the opening would then answer everything at once,
+whatever its coefficients. One pass over a few prompts tells, before anything is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from rpam_mergekit.checkpoint import load
+from rpam_mergekit.experts import ExpertWeights, Weights, float32
+from rpam_mergekit.prompts import Batch, EncodedQuery
+
+QUERIES = 32
+LIKELY = 0.5  # mean probability of the opening, from which a model opens by itself
+
+
+def opening_queries(queries: Sequence[EncodedQuery]) -> list[EncodedQuery]:
+    """Return at most `QUERIES` queries that think, cut behind their opening."""
+    return [
+        EncodedQuery(
+            query.ids[: query.prompt_tokens + query.opening],
+            query.prompt_tokens,
+            query.pattern,
+            opening=query.opening,
+        )
+        for query in queries
+        if query.opening
+    ][:QUERIES]
+
+
+@torch.no_grad()
+def opening_probability(
+    experts: ExpertWeights, expert: int, batches: Sequence[Batch], quiet: bool = False
+) -> float:
+    """Return the mean probability that a model opens its thinking.
+
+    expert: the model's number. batches: of `opening_queries`. The product over the
+    tokens of the opening, from the end of the prompt on.
+    """
+    decoder = experts.decoder
+    entering = float32(experts.entering(expert))
+    recorded = [
+        decoder.record(entering, batch.input_ids, batch.attention_mask)
+        for batch in batches
+    ]
+    states = [hidden for hidden, _ in recorded]
+    layers = range(len(experts.layout.layers))
+    for index in tqdm(layers, desc="does Long open by itself", disable=quiet):
+        weights = _layer(experts, expert, index)
+        for number, (_, calls) in enumerate(recorded):
+            states[number] = decoder.replay(
+                index, weights, states[number], calls[index]
+            )
+    outside = float32(experts.outside(expert))
+    found: list[float] = []
+    for batch, hidden in zip(batches, states, strict=True):
+        for row, query in enumerate(batch.queries):
+            first = query.prompt_tokens - 1
+            logits = decoder.logits(outside, hidden[row, first : len(query.ids) - 1])
+            targets = torch.tensor(query.ids[first + 1 :], device=logits.device)
+            logs = logits.double().log_softmax(-1).gather(1, targets[:, None])
+            found.append(float(logs.sum().exp()))
+    return sum(found) / len(found)
+
+
+def _layer(experts: ExpertWeights, expert: int, index: int) -> Weights:
+    infos = experts.layout.layers[index]
+    weights = load(
+        experts.models.every[expert],
+        infos,
+        experts.dtype,
+        str(experts.decoder.device),
+    )
+    names = {w.name: experts.decoder.relative_name(index, w.name) for w in infos}
+    return float32({names[name]: value for name, value in weights.items()})
+
+
+def opening_warning(probability: float, model: str) -> str | None:
+    """Return what to say of a model that seldom opens its thinking; None if it does."""
+    if probability >= LIKELY:
+        return None
+    return (
+        f"warning: {model} opens its thinking by itself with a probability of "
+        f"{probability:.0%} only: its template has always done it. The merged model "
+        "would hardly think. The pre-pass adds a term for the opening "
+        "(parameters.opening_weight); if the merge does not route, use thinking: "
+        "template, which always thinks."
+    )

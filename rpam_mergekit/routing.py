@@ -1,0 +1,208 @@
+"""Does the merged model route? Figures from log-probabilities, without generation.
+
+The pre-pass holds some calibration queries out, sends them through the merged layers at
+several scales of the solved coefficients, and through final norm and head. What is
+measured is pure arithmetic on what that gives (`QueryFigures`); nothing here knows
+models. The scale that predicts the right experts' responses best is the merge's
+operating point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Scales of the solved coefficients among which the operating point is chosen.
+SCALES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+AS_SOLVED = SCALES.index(1.0)
+# A decision that is wrong counts as if it had one chance in a thousand: a single
+# mislabelled query must not outweigh all others.
+LEAST = math.log(1e-3)
+LEAST_GAIN = 0.02  # nats by which a scale must be better to be worth leaving 1 for
+ROUTES = 0.75  # of a pattern's queries, where it is said that a merge routes
+TELLS_APART = 0.8  # area under the curve, above which a wrong threshold is to blame
+
+
+@dataclass(frozen=True)
+class QueryFigures:
+    """What a model makes of the positive expert's response to one query.
+
+    Natural logarithms of probabilities. first: of the response's first token; closing:
+    of the closing tag's first token, None without thinking; end: of the end token, None
+    where the response was cut; body: the mean over all tokens of the response. opening:
+    log odds of the token that opens thinking against all others where the response
+    begins, None where no pattern opens thinking; routed: whether the model's most
+    likely first token opens thinking just where the expert does (without an opening: is
+    that of the expert).
+    """
+
+    pattern: str
+    first: float
+    closing: float | None
+    end: float | None
+    body: float
+    opening: float | None
+    routed: bool
+
+    @property
+    def score(self) -> float:
+        """How well the response is predicted: its decisions, and its tokens' mean."""
+        decisions = [self.first, self.closing, self.end]
+        return self.body + sum(max(d, LEAST) for d in decisions if d is not None)
+
+
+def weighted_mean(values: Sequence[float], patterns: Sequence[str]) -> float:
+    """Return the mean over queries in which every pattern counts alike."""
+    counts = Counter(patterns)
+    weighed = (v / counts[p] for v, p in zip(values, patterns, strict=True))
+    return sum(weighed) / len(counts)
+
+
+def choose_scale(scores: Sequence[Sequence[float]], patterns: Sequence[str]) -> int:
+    """Return the number of the scale that predicts best, every pattern counting alike.
+
+    scores: per scale, of every query. The scale as solved is left only for one that is
+    better by more than `LEAST_GAIN`, and by more than the difference's standard error.
+    """
+
+    def gain(number: int) -> tuple[float, float]:
+        differences = [
+            new - old
+            for new, old in zip(scores[number], scores[AS_SOLVED], strict=True)
+        ]
+        mean = weighted_mean(differences, patterns)
+        counts = Counter(patterns)
+        variance = sum(
+            ((d - mean) / counts[p] / len(counts)) ** 2
+            for d, p in zip(differences, patterns, strict=True)
+        )
+        return mean, math.sqrt(variance)
+
+    best = max(range(len(scores)), key=lambda number: gain(number)[0])
+    mean, error = gain(best)
+    return best if mean > max(error, LEAST_GAIN) else AS_SOLVED
+
+
+def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Return how often a positive query has the higher value; ties count half."""
+    wins = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
+    return wins / (len(positive) * len(negative))
+
+
+@dataclass(frozen=True)
+class PatternRouting:
+    """Means over the queries of one pattern; `expert` is of its positive expert.
+
+    routed: the share of queries that are routed right. first, closing, end, body: see
+    `QueryFigures`.
+    """
+
+    queries: int
+    routed: float
+    first: float
+    closing: float | None
+    end: float | None
+    body: float
+    expert: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the merged model does on one set of queries.
+
+    area: how well the log odds of opening order the queries that are to be thought
+    about before the others, 0.5 by chance; None where no pattern opens thinking.
+    """
+
+    patterns: Mapping[str, PatternRouting]
+    area: float | None
+
+    @property
+    def routed(self) -> float:
+        """The share of all queries that are routed right."""
+        count = sum(p.queries for p in self.patterns.values())
+        return sum(p.routed * p.queries for p in self.patterns.values()) / count
+
+    @property
+    def queries(self) -> int:
+        """How many queries there are."""
+        return sum(p.queries for p in self.patterns.values())
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+
+def routing_of(
+    merged: Sequence[QueryFigures], experts: Sequence[QueryFigures]
+) -> Routing:
+    """Return the routing of the merged model beside that of the positive experts."""
+    patterns = {}
+    for pattern in dict.fromkeys(figures.pattern for figures in merged):
+        mine = [f for f in merged if f.pattern == pattern]
+        expert = [f for f in experts if f.pattern == pattern]
+        patterns[pattern] = PatternRouting(
+            queries=len(mine),
+            routed=sum(f.routed for f in mine) / len(mine),
+            expert={
+                name: _mean([getattr(f, name) for f in expert])
+                for name in ("first", "closing", "end", "body")
+            },
+            first=_mean([f.first for f in mine]) or 0.0,
+            closing=_mean([f.closing for f in mine]),
+            end=_mean([f.end for f in mine]),
+            body=_mean([f.body for f in mine]) or 0.0,
+        )
+    thinks = [
+        f.opening for f in merged if f.pattern == "long" and f.opening is not None
+    ]
+    others = [
+        f.opening for f in merged if f.pattern != "long" and f.opening is not None
+    ]
+    area = area_under_curve(thinks, others) if thinks and others else None
+    return Routing(patterns, area)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """How the solved coefficients are scaled, and what was measured of it.
+
+    scale: by which the coefficients of the decoder layers are multiplied. scores: per
+    scale tried, the mean score of the held-out queries. held_out, solved: the routing
+    there and on as many queries that were solved on; None where nothing was held out.
+    """
+
+    scale: float = 1.0
+    scores: Mapping[str, float] | None = None
+    held_out: Routing | None = None
+    solved: Routing | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "scale": self.scale,
+            "scores": dict(self.scores) if self.scores else None,
+            "held_out": self.held_out.record() if self.held_out else None,
+            "solved": self.solved.record() if self.solved else None,
+        }
+
+
+def scale_of(
+    point: Mapping[str, Any] | None, reasoning: float, base_thinks: bool
+) -> float:
+    """Return by what the solved coefficients are multiplied in the merge.
+
+    point: the record of an `OperatingPoint`, None in files that have none. reasoning:
+    the setting; it goes from the operating point to the base at 1 where the base is the
+    model that thinks (`base_thinks`), and as far to the other side at -1.
+    """
+    calibrated = float((point or {}).get("scale", 1.0))
+    return calibrated * (1 - reasoning if base_thinks else 1 + reasoning)
