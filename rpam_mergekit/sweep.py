@@ -3,7 +3,9 @@
 Each weight is merged into a folder of its own, sampled by `mergekit-rpam sample` in a
 process of its own, and deleted again unless it is kept. What is finished is not done
 again: a sweep that was stopped goes on with the weight at which it stopped. Its models,
-queries and settings stand in `sweep.json`; others are refused, never mixed in.
+queries and settings stand in `sweep.json`; others are refused, never mixed in. Where
+the merge takes the opening of the thinking out of the chat template, so does the sweep:
+its models are asked as the merged one is.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import yaml
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.samples import SampleReader, flat
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
 
 MOST_WEIGHTS = 1001
 # Options of `sample` that change the responses.
@@ -102,7 +105,10 @@ def run_sweep(
     if not isinstance(recipe, dict):
         raise RpamError(f"CONFIG: {config} is no mergekit config.")
     recipes = {weight: interpolation(recipe, weight) for weight in weights}
+    thinking = thinking_settings(recipe)
     identity = {**_models(recipe), **_sampling(sample)}
+    if thinking != parse_settings({}):
+        identity["thinking"] = thinking.model_dump(include={*BEFORE_THINKING})
     out.mkdir(parents=True, exist_ok=True)
     _claim(out / "sweep.json", identity)
     for number, (weight, one) in enumerate(recipes.items(), 1):
@@ -114,7 +120,7 @@ def run_sweep(
             continue
         model = out / name
         if not model.exists():
-            _merge(one, model, out / "adapters")
+            _merge(one, model, out / "adapters", thinking)
         _run([*_command("sample"), str(model), "--out", str(samples), *sample])
         if not keep:
             shutil.rmtree(model)
@@ -176,7 +182,25 @@ def _is_finished(samples: Path) -> bool:
     return reader.finished
 
 
-def _merge(recipe: dict[str, Any], model: Path, adapters: Path) -> None:
+def thinking_settings(config: dict[str, Any]) -> RpamSettings:
+    """Return what a config of `rpam` says of who opens the thinking."""
+    given = config.get("parameters") or {}
+    return parse_settings({n: given[n] for n in BEFORE_THINKING if n in given})
+
+
+def _without_opening(model: Path, settings: RpamSettings) -> None:
+    """Let a model decide whether it thinks, where the merged model is to."""
+    from rpam_mergekit.template_files import take_out, tokenizer_in
+    from rpam_mergekit.thinking import thinking_of
+
+    tokenizer = tokenizer_in(model)
+    if tokenizer is not None:
+        take_out(model, thinking_of(tokenizer, tokenizer.chat_template, (), settings))
+
+
+def _merge(
+    recipe: dict[str, Any], model: Path, adapters: Path, thinking: RpamSettings
+) -> None:
     """Merge into `model`, which is there only when it is whole.
 
     `adapters` is where mergekit keeps models with a LoRA adapter merged into them.
@@ -189,6 +213,7 @@ def _merge(recipe: dict[str, Any], model: Path, adapters: Path) -> None:
     names = (recipe["base_model"], recipe["models"][0]["model"])
     cache = ["--lora-merge-cache", str(adapters)] if any(map(_adapted, names)) else []
     _run([*_command("merge"), str(path), str(partial), *cache])
+    _without_opening(partial, thinking)
     partial.rename(model)
 
 

@@ -42,7 +42,7 @@ def take_out(
     markers = thinking.markers
     if not thinking.takes_out or markers is None:
         return False, []
-    tokenizer = _tokenizer(folder, trust_remote_code)
+    tokenizer = tokenizer_in(folder, trust_remote_code)
     if tokenizer is None or not tokenizer.chat_template:
         return False, [
             f"{folder} has no chat template: serve it with one that does not end its "
@@ -54,12 +54,13 @@ def take_out(
         for path, text in _texts(folder)
         if not _rewrite(path, text, tokenizer, markers)
     ]
-    shipped = _tokenizer(folder, trust_remote_code)
+    shipped = tokenizer_in(folder, trust_remote_code)
     prompt = generation_prompt(shipped, shipped.chat_template) if shipped else None
     return prompt is not None and not opening_of(prompt, markers), left
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in a model's folder, None where there is none."""
     try:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code

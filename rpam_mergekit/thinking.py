@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpam_mergekit.calibration import CalibrationQuery
-from rpam_mergekit.openings import KNOWN, opening_of, whole_turn
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.openings import KNOWN, opening_of, usual_opening, whole_turn
+from rpam_mergekit.responses import END_TOKENS, Markers
 from rpam_mergekit.settings import NO_BRACKETS, RpamSettings
 from rpam_mergekit.template_rewriting import Template, generation_prompt
 
 LONG = "long"
-# Closing brackets that close other turns, too: one without an opening says nothing.
-_SHARED = {"<|end|>"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class ThinkingMode:
             return bare.removeprefix(self.opening).removeprefix(opened)
         if bare.startswith(closed) and pattern != LONG:
             return bare.removeprefix(closed).lstrip()
-        if self.opening or closed not in _SHARED:
+        if self.opening or closed not in END_TOKENS:  # else it may close any turn
             text = whole_turn(text, self.begins, self.markers)
         bare = text.lstrip()
         if self.opening and bare.startswith(opened):
@@ -128,7 +126,7 @@ def _recognised(prompts: Collection[str], responses: Collection[str]) -> Markers
 
 
 def _has(text: str, markers: Markers) -> bool:
-    closes = markers.close in text and markers.close not in _SHARED
+    closes = markers.close in text and markers.close not in END_TOKENS
     return closes or markers.open in text
 
 
@@ -136,4 +134,4 @@ def _usual(responses: Collection[str], markers: Markers) -> str:
     """Return what most responses open with; the marker and a new line if none does."""
     opening = re.compile(rf"\s*({re.escape(markers.open)}\s*)")
     found = Counter(m[1] for text in responses if (m := opening.match(text)))
-    return found.most_common(1)[0][0] if found else f"{markers.open}\n"
+    return found.most_common(1)[0][0] if found else usual_opening(markers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from decimal import Decimal
 from pathlib import Path
 
 import chains
@@ -22,6 +23,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.openings import KNOWN
 from rpam_mergekit.responses import Markers
 from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.sweep import _merge, interpolation, thinking_settings
 from rpam_mergekit.templates import TemplateInUse
 from rpam_mergekit.thinking import ThinkingMode, opens, thinking_of
 
@@ -416,6 +418,16 @@ def test_a_stock_recipe_names_the_template_without_the_opening(own):
     succeeded(run([*command, "--out", str(own / "exported.yml")]))
     exported = yaml.safe_load((own / "exported.yml").read_text())
     assert exported["chat_template"] == PLAIN
+
+
+def test_a_sweep_asks_its_mixes_as_the_merged_model_is_asked(own):
+    for number, parameters in enumerate(({}, {"thinking": "template"})):
+        config = merge_config(own, parameters=parameters)
+        model = own / f"mix{number}"
+        mix, thinking = interpolation(config, Decimal("0.5")), thinking_settings(config)
+        _merge(mix, model, own / "adapters", thinking)
+        opening = "<think>" * number
+        assert prompt_of(model).endswith(f"<|assistant|>{opening}")
 
 
 # Responses without the thinking
