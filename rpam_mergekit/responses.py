@@ -153,7 +153,10 @@ def boxed(text: str) -> list[str]:
     return [content for _, content in found]
 
 
-_ANSWER_TAG = re.compile(r"</?answer>")
+# What stands around an answer; the second opens gpt-oss's channel for it.
+_ANSWER_TAG = re.compile(
+    r"</?answer>|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _PHRASE = re.compile(
     r"(?:final\s+answer|the\s+(?:correct\s+)?answer|^\W*answer)"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.openings import begun_turn, markers_in, opening_of, read_turn
-from rpam_mergekit.responses import Markers, without_end
+from rpam_mergekit.responses import Markers, final_answers, without_end
 from rpam_mergekit.samples import SampleReader
 
 TEMPLATE = (QUICKSTART / "long" / "chat_template.jinja").read_text()
@@ -131,6 +131,14 @@ def test_end_tokens_are_removed(text, clean):
 def test_a_marker_that_closes_thinking_is_no_end_token():
     harmony = Markers("<|channel|>analysis<|message|>", "<|end|>")
     assert without_end("so 4<|end|>", harmony) == "so 4<|end|>"
+
+
+def test_an_answer_in_a_channel_of_its_own():
+    harmony = Markers("<|channel|>analysis<|message|>", "<|end|>")
+    turn = "<|channel|>analysis<|message|>6*6<|end|><|start|>assistant<|channel|>final"
+    found = read_turn(f"{turn}<|message|>36", None, harmony)
+    assert found.state == "closed"
+    assert final_answers(found, turn) == ["36"]
 
 
 # Sampling finds the opening out
