@@ -251,6 +251,17 @@ def test_the_tokenizer_of_another_name_tells(tmp_path, questions):
     assert reader.header["thinking"]["opening"] == "<think>\n"
 
 
+def test_the_model_that_a_server_says_it_has_loaded_tells(tmp_path, questions):
+    model = templated(tmp_path / "opens", OPENING)
+    out = tmp_path / "s.jsonl"
+    with serving("--model", f"alias={model}", "--stub", "7+5=2</think>2") as server:
+        reader, process = sampled(
+            "alias", questions, out, "--base-url", server.url, "--limit", "1"
+        )
+    assert reader.header["thinking"]["opening"] == "<think>\n"
+    assert "note" not in process.stderr
+
+
 def test_what_cannot_be_asked_is_said_and_may_be_told(tmp_path, questions):
     reader, process = stub(tmp_path, questions, "7+5=2</think>2", "alias")
     assert reader.header["thinking"]["opening"] is None
