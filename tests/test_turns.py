@@ -88,8 +88,13 @@ def test_a_turn_begins_with_what_stood_in_the_prompt(written, opening, turn):
         ("<think>\n36", True, "answered", "36"),
         ("<think>\nThe answer is 36.", True, "answered", "The answer is 36."),
         ("<think>\n36", False, "open", None),  # cut off: a thought may have begun so
-        ("<think>\n6*6\n= 36", True, "open", None),  # more than a line: a thought
-        ("<think>\n" + "so " * 100, True, "open", None),
+        ("<think>\n6*6=36\n36\n", True, "answered", "6*6=36\n36\n"),
+        (
+            "<think>\n" + "so " * 100 + "36",
+            True,
+            "open",
+            None,
+        ),  # a thought, by its size
         ("<think>\n", True, "open", None),
         ("<think>\n7</think>36", True, "closed", "36"),
         ("<think>\n<tool_call>\n36", True, "wrong", "\n36"),
