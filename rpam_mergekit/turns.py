@@ -15,7 +15,6 @@ from typing import Any
 
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.openings import KNOWN, markers_in, opening_of, usual_opening
-from rpam_mergekit.prompts import prompt_text, template_problem
 from rpam_mergekit.questions import Question
 from rpam_mergekit.responses import Markers
 
@@ -55,12 +54,14 @@ def check_questions(
     model: str, questions: Sequence[Question], tokenizer: Any, system: str | None
 ) -> None:
     """Raise `RpamError` if the chat template does not take a query as it is."""
+    from rpam_mergekit.prompts import prompt_text  # not at the top: it needs torch
+
     for question in questions:
-        problem = template_problem(question.messages, tokenizer)
+        problem = _problem(question.messages, tokenizer)
         if problem is not None:
             which = f"query {question.index}"
             remedy = "Leave such queries out, or mend the template."
-            if system and not template_problem(question.messages[1:], tokenizer):
+            if system and not _problem(question.messages[1:], tokenizer):
                 which, remedy = "--system", _NO_SYSTEM
             named = problem.replace("template", f"template of {model}", 1)
             raise RpamError(f"{which}: {named.rstrip('.')}. {remedy}")
@@ -74,6 +75,16 @@ def check_questions(
                 f"--system: the chat template of {model} leaves system messages out: "
                 f"the model would never read it. {_NO_SYSTEM}"
             )
+
+
+def _problem(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
+    """Return what the chat template does wrong with a conversation, or None."""
+    from rpam_mergekit.prompts import dropped_message
+
+    try:
+        return dropped_message(messages, tokenizer)
+    except Exception as error:  # whatever a template raises
+        return f"the chat template refuses this query: {error}"
 
 
 def turns_here(
@@ -173,6 +184,8 @@ def _told(
 
     vLLM and SGLang render it as a request's fields want it.
     """
+    from rpam_mergekit.prompts import prompt_text
+
     rendering = dict(extra_body.get("chat_template_kwargs") or {})
     if "chat_template" in extra_body:
         rendering["chat_template"] = extra_body["chat_template"]
