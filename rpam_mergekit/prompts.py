@@ -62,14 +62,10 @@ def encode_calibration(
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
-        try:
-            ids = prompt_ids(query.conversation, tokenizer)
-        except Exception as error:
-            findings.append(f"{where}: the chat template refuses this query: {error}")
-            ids = []
-        else:
-            dropped = dropped_message(query.conversation, tokenizer)
-            findings += [f"{where}: {dropped}"] if dropped else []
+        problem = template_problem(query.conversation, tokenizer)
+        if problem is not None:
+            findings.append(f"{where}: {problem}")
+        ids = [] if problem else prompt_ids(query.conversation, tokenizer)
         findings += _beyond(ids, tokenizer, vocabulary, where)
         prompts.append(ids)
     if findings:
@@ -166,16 +162,25 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     )
 
 
-def dropped_message(conversation: Sequence[Mapping[str, Any]], tokenizer) -> str | None:
-    """Return a finding if the prompt is the same whatever the last message says."""
-    *before, last = conversation
-    text = prompt_text(conversation, tokenizer)
-    other = {**last, "content": f"{last['content']} 0?"}
-    if text != prompt_text([*before, other], tokenizer):
+def template_problem(
+    conversation: Sequence[Mapping[str, Any]], tokenizer
+) -> str | None:
+    """Return what the chat template does wrong with a conversation, or None.
+
+    It may raise an error, or make the same prompt whatever the user says.
+    """
+    try:
+        text = prompt_text(conversation, tokenizer)
+        last = {**conversation[-1], "content": f"{conversation[-1]['content']} 0?"}
+        other = prompt_text([*conversation[:-1], last], tokenizer)
+    except Exception as error:
+        return f"the chat template refuses this query: {error}"
+    if text != other:
         return None
+    role = conversation[-1]["role"]
     return (
-        f"the chat template leaves the message of the role '{last['role']}' out: the "
-        f"prompt is {text[-60:]!r}, whatever it says"
+        f"the chat template leaves the message of the role '{role}' out: the prompt is "
+        f"{text[-60:]!r}, whatever it says"
     )
 
 

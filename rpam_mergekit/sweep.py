@@ -114,7 +114,7 @@ def run_sweep(
             continue
         model = out / name
         if not model.exists():
-            _merge(one, model)
+            _merge(one, model, out / "adapters")
         _run([*_command("sample"), str(model), "--out", str(samples), *sample])
         if not keep:
             shutil.rmtree(model)
@@ -176,25 +176,26 @@ def _is_finished(samples: Path) -> bool:
     return reader.finished
 
 
-def _merge(recipe: dict[str, Any], model: Path) -> None:
-    """Merge into `model`, which is there only when it is whole."""
+def _merge(recipe: dict[str, Any], model: Path, adapters: Path) -> None:
+    """Merge into `model`, which is there only when it is whole.
+
+    `adapters` is where mergekit keeps models with a LoRA adapter merged into them.
+    """
     partial = model.with_name(f".{model.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     path = partial / "sweep.yml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    adapters = _adapters(recipe, model.with_name("adapters"))
-    _run([*_command("merge"), str(path), str(partial), *adapters])
+    names = (recipe["base_model"], recipe["models"][0]["model"])
+    cache = ["--lora-merge-cache", str(adapters)] if any(map(_adapted, names)) else []
+    _run([*_command("merge"), str(path), str(partial), *cache])
     partial.rename(model)
 
 
-def _adapters(recipe: dict[str, Any], folder: Path) -> list[str]:
-    """Return the option by which mergekit keeps merged LoRA adapters in `folder`."""
+def _adapted(model: Any) -> bool:
     from rpam_mergekit.generation import reference_of
 
-    names = (recipe["base_model"], recipe["models"][0]["model"])
-    adapted = any(reference_of(str(name)).lora for name in names)
-    return ["--lora-merge-cache", str(folder)] if adapted else []
+    return reference_of(str(model)).lora is not None
 
 
 def _command(name: str) -> list[str]:

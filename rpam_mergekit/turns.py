@@ -54,14 +54,15 @@ def check_questions(
     model: str, questions: Sequence[Question], tokenizer: Any, system: str | None
 ) -> None:
     """Raise `RpamError` if the chat template does not take a query as it is."""
-    from rpam_mergekit.prompts import prompt_text  # not at the top: it needs torch
+    # Not at the top: it needs torch, which the commands on files do not.
+    from rpam_mergekit.prompts import prompt_text, template_problem
 
     for question in questions:
-        problem = _problem(question.messages, tokenizer)
+        problem = template_problem(question.messages, tokenizer)
         if problem is not None:
             which = f"query {question.index}"
             remedy = "Leave such queries out, or mend the template."
-            if system and not _problem(question.messages[1:], tokenizer):
+            if system and not template_problem(question.messages[1:], tokenizer):
                 which, remedy = "--system", _NO_SYSTEM
             named = problem.replace("template", f"template of {model}", 1)
             raise RpamError(f"{which}: {named.rstrip('.')}. {remedy}")
@@ -75,16 +76,6 @@ def check_questions(
                 f"--system: the chat template of {model} leaves system messages out: "
                 f"the model would never read it. {_NO_SYSTEM}"
             )
-
-
-def _problem(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
-    """Return what the chat template does wrong with a conversation, or None."""
-    from rpam_mergekit.prompts import dropped_message
-
-    try:
-        return dropped_message(messages, tokenizer)
-    except Exception as error:  # whatever a template raises
-        return f"the chat template refuses this query: {error}"
 
 
 def turns_here(
