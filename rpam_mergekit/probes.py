@@ -114,7 +114,8 @@ class Head:
             counts.append(len(following))
         rows, columns = torch.tensor(positions, device=hidden.device).T
         found = self._log_probabilities(hidden[rows, columns], targets, opening)
-        figures, likeliest = [], []
+        figures: list[QueryFigures] = []
+        likeliest: list[int] = []
         for query, part in zip(queries, found.split(counts), strict=True):
             values, tokens, odds = part[:, 0].tolist(), part[:, 1], part[:, 2]
             token = int(tokens[0])

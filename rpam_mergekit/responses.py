@@ -14,7 +14,7 @@ from dataclasses import dataclass
 NONE, CLOSED, OPEN, WRONG = "none", "closed", "open", "wrong"
 ANSWERED = "answered"  # in a block that the prompt has opened, and not closed
 THINKING = frozenset((CLOSED, OPEN, WRONG))
-_MOST_DIRECT = 200  # characters of a line that is plainly an answer, not a thought
+_MOST_DIRECT = 200  # characters of a text that is plainly an answer, not a thought
 # Tags that models were seen to close their thinking with, alone on a line.
 _OTHER_TAGS = re.compile(
     r"^[ \t]*(?:</?(?:tool_call|tool_response|think|thinking|reasoning)>"
@@ -60,7 +60,7 @@ def thinking(
     `opened_by_prompt` says whether the prompt has already opened the thinking; None
     means that it is not known, and that a closing marker without an opening one is
     taken as a sign of it. `ended` says that no limit has cut the text off. Then a
-    single short line, in a block that the prompt has opened, is what the model has to
+    short text, in a block that the prompt has opened, is all that the model has to
     say: an answer. A longer text that never closes the block is a thought.
     """
     opens, closes = text.count(markers.open), text.count(markers.close)
@@ -74,15 +74,9 @@ def thinking(
     wrong = _OTHER_TAGS.search(thought)
     if wrong:
         return Thinking(WRONG, thought[wrong.end() :])
-    if ended and not opens and _is_direct(text):
+    if ended and not opens and 0 < len(text.strip()) <= _MOST_DIRECT:
         return Thinking(ANSWERED, text)
     return Thinking(OPEN, None)
-
-
-def _is_direct(text: str) -> bool:
-    """Tell whether a text is one line that may be an answer, no longer."""
-    said = text.strip()
-    return 0 < len(said) <= _MOST_DIRECT and len(said.splitlines()) == 1
 
 
 def thought_of(text: str, markers: Markers) -> str:
@@ -153,7 +147,10 @@ def boxed(text: str) -> list[str]:
     return [content for _, content in found]
 
 
-_ANSWER_TAG = re.compile(r"</?answer>")
+# What stands around an answer; the second opens gpt-oss's channel for it.
+_ANSWER_TAG = re.compile(
+    r"</?answer>|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _PHRASE = re.compile(
     r"(?:final\s+answer|the\s+(?:correct\s+)?answer|^\W*answer)"

@@ -15,7 +15,6 @@ from typing import Any
 
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.openings import KNOWN, markers_in, opening_of, usual_opening
-from rpam_mergekit.prompts import prompt_text, template_problem
 from rpam_mergekit.questions import Question
 from rpam_mergekit.responses import Markers
 
@@ -55,6 +54,9 @@ def check_questions(
     model: str, questions: Sequence[Question], tokenizer: Any, system: str | None
 ) -> None:
     """Raise `RpamError` if the chat template does not take a query as it is."""
+    # Not at the top: it needs torch, which the commands on files do not.
+    from rpam_mergekit.prompts import prompt_text, template_problem
+
     for question in questions:
         problem = template_problem(question.messages, tokenizer)
         if problem is not None:
@@ -173,6 +175,8 @@ def _told(
 
     vLLM and SGLang render it as a request's fields want it.
     """
+    from rpam_mergekit.prompts import prompt_text
+
     rendering = dict(extra_body.get("chat_template_kwargs") or {})
     if "chat_template" in extra_body:
         rendering["chat_template"] = extra_body["chat_template"]

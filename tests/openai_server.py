@@ -145,9 +145,8 @@ def build(args: argparse.Namespace) -> web.Application:
         return response
 
     async def models(request: web.Request) -> web.Response:
-        data = [
-            {"id": n, "object": "model", "created": 1, "owned_by": ""} for n in names
-        ]
+        card = {"object": "model", "created": 1, "owned_by": ""}
+        data = [{"id": n, **card, "root": path or n} for n, path in names.items()]
         return web.json_response({"object": "list", "data": data})
 
     async def counts(request: web.Request) -> web.Response:

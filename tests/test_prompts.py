@@ -104,7 +104,7 @@ def test_a_query_that_the_template_refuses_is_named(encode):
         encode(LONG, SHORT, tokenizer=strict)
 
 
-@pytest.mark.parametrize("template", ["{{ bos_token }}", "<|user|>?<|assistant|>"])
+@pytest.mark.parametrize("template", ["{{ bos_token }}", "<|user|>7<|assistant|>"])
 def test_a_template_that_drops_the_message_is_named(encode, template):
     deaf = chains.build_tokenizer()
     deaf.chat_template = template

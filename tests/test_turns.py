@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.openings import begun_turn, markers_in, opening_of, read_turn
-from rpam_mergekit.responses import Markers, without_end
+from rpam_mergekit.responses import Markers, final_answers, without_end
 from rpam_mergekit.samples import SampleReader
 
 TEMPLATE = (QUICKSTART / "long" / "chat_template.jinja").read_text()
@@ -88,8 +88,13 @@ def test_a_turn_begins_with_what_stood_in_the_prompt(written, opening, turn):
         ("<think>\n36", True, "answered", "36"),
         ("<think>\nThe answer is 36.", True, "answered", "The answer is 36."),
         ("<think>\n36", False, "open", None),  # cut off: a thought may have begun so
-        ("<think>\n6*6\n= 36", True, "open", None),  # more than a line: a thought
-        ("<think>\n" + "so " * 100, True, "open", None),
+        ("<think>\n6*6=36\n36\n", True, "answered", "6*6=36\n36\n"),
+        (
+            "<think>\n" + "so " * 100 + "36",
+            True,
+            "open",
+            None,
+        ),  # a thought, by its size
         ("<think>\n", True, "open", None),
         ("<think>\n7</think>36", True, "closed", "36"),
         ("<think>\n<tool_call>\n36", True, "wrong", "\n36"),
@@ -131,6 +136,14 @@ def test_end_tokens_are_removed(text, clean):
 def test_a_marker_that_closes_thinking_is_no_end_token():
     harmony = Markers("<|channel|>analysis<|message|>", "<|end|>")
     assert without_end("so 4<|end|>", harmony) == "so 4<|end|>"
+
+
+def test_an_answer_in_a_channel_of_its_own():
+    harmony = Markers("<|channel|>analysis<|message|>", "<|end|>")
+    turn = "<|channel|>analysis<|message|>6*6<|end|><|start|>assistant<|channel|>final"
+    found = read_turn(f"{turn}<|message|>36", None, harmony)
+    assert found.state == "closed"
+    assert final_answers(found, turn) == ["36"]
 
 
 # Sampling finds the opening out
@@ -241,6 +254,17 @@ def test_the_tokenizer_of_another_name_tells(tmp_path, questions):
     text = "7+5=2</think>2"
     reader, _ = stub(tmp_path, questions, text, "alias", "--tokenizer", model)
     assert reader.header["thinking"]["opening"] == "<think>\n"
+
+
+def test_the_model_that_a_server_says_it_has_loaded_tells(tmp_path, questions):
+    model = templated(tmp_path / "opens", OPENING)
+    out = tmp_path / "s.jsonl"
+    with serving("--model", f"alias={model}", "--stub", "7+5=2</think>2") as server:
+        reader, process = sampled(
+            "alias", questions, out, "--base-url", server.url, "--limit", "1"
+        )
+    assert reader.header["thinking"]["opening"] == "<think>\n"
+    assert "note" not in process.stderr
 
 
 def test_what_cannot_be_asked_is_said_and_may_be_told(tmp_path, questions):
