@@ -2,9 +2,9 @@
 
     python benchmarks/routing.py OUT CALIBRATION [OUT CALIBRATION ...]
 
-OUT is the folder of a merge, CALIBRATION the file it was made by. The pre-pass held some
+OUT is the folder of a merge, CALIBRATION its calibration file. The pre-pass held some
 of its queries out and measured by log-likelihoods which of them the merged model thinks
-about. Here the model on disk generates: its responses to the same held-out queries begin
+about. Here the model on disk generates: its responses to those held-out queries begin
 by opening their thinking or not, as their labels ask, or do not. With `--others FILE`
 (one for every merge), labelled queries that the merge has never seen are asked too.
 """
