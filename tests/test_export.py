@@ -149,6 +149,17 @@ def test_a_users_weight_wins_as_in_the_merge(tmp_path, tokenizer):
     assert shard_bytes(merge(found, tmp_path / "x")) == shard_bytes(again)
 
 
+def test_an_operating_point_is_in_the_numbers(tmp_path, tokenizer):
+    """The merge multiplies what was solved by the scale; the recipe has the product."""
+    save_pair(tmp_path, qwen2_config(tokenizer), tokenizer)
+    config = config_of(tmp_path, parameters={"reasoning": 0.25})
+    out = merge(config, tmp_path / "out")
+    stock = merge(recipe(config, out), tmp_path / "stock")
+    assert shard_bytes(stock) == shard_bytes(out)
+    plain = merge(config_of(tmp_path), tmp_path / "plain")
+    assert shard_bytes(plain) != shard_bytes(out)
+
+
 def test_a_chat_template_is_carried_over(tmp_path, tokenizer):
     save_pair(tmp_path, qwen2_config(tokenizer), tokenizer)
     template = "{% for m in messages %}{{ m['content'] }}\n# {% endfor %}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import merge_config, run
+from conftest import merge_config, run, write_calibration
 from safetensors.torch import load_file
 from test_resume import COEFFICIENTS, solved, wait_for
 
@@ -107,6 +107,31 @@ def test_processes_together_solve_what_one_does(pair, tmp_path, count, parameter
     assert said[0][0].strip() == str(tmp_path / "together" / COEFFICIENTS)
     assert all(stdout == "" for stdout, _ in said[1:])
     assert "pre-pass" not in said[1][1]  # one progress bar is enough
+
+
+def test_processes_together_measure_what_one_does(tmp_path, pair):
+    """Batches of one or two queries: some processes have none of their own."""
+    calibration = write_calibration(tmp_path / "c.jsonl", count=130)
+    parameters = {"calibration": str(calibration), "epochs": 1, "batch_tokens": 48}
+    config = write_config(tmp_path, pair, **parameters)
+    alone(config, tmp_path / "alone")
+    finish(start_all(3, config, tmp_path / "together"))
+    one, other = (
+        CoefficientsFile(tmp_path / name / COEFFICIENTS).metadata["operating_point"]
+        for name in ("alone", "together")
+    )
+    assert one["held_out"]["patterns"]["long"]["queries"] == 16
+    assert one["scale"] == other["scale"]
+    for which in ("held_out", "solved"):
+        assert one[which]["area"] == pytest.approx(other[which]["area"], abs=0.02)
+        for pattern, figures in one[which]["patterns"].items():
+            found = other[which]["patterns"][pattern]
+            assert found["queries"] == figures["queries"]
+            for name in ("first", "closing", "end", "body"):
+                expected = figures[name]
+                if expected is not None:
+                    expected = pytest.approx(expected, abs=0.02)
+                assert found[name] == expected
 
 
 def test_one_of_three_is_killed_the_rest_stop_and_the_run_goes_on(pair, tmp_path):
