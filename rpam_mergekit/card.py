@@ -213,19 +213,24 @@ def _routing(record: Mapping[str, Any]) -> list[str]:
     point = record.get("operating_point")
     if not point:
         return []
-    lines = [f"Measured by log-likelihoods: this merge {summary(point)}."]
     if not point.get("held_out"):
-        lines = [f"{summary(point).capitalize()}."]
-    scale = record.get("scale", point.get("scale"))
-    if scale is not None and scale != 1:
-        lines.append(f"The solved coefficients are multiplied by {scale:g}.")
-    lines += [
-        f"Warning: {text}" for text in warnings(point, record.get("layers") or [])
-    ]
-    if point.get("held_out"):
-        head, rows = table(point)
-        lines += ["", *_table(head, rows), "", f"{NOTE}."]
-    return [*lines, ""]
+        return [f"{summary(point).capitalize()}.", ""]
+    scale = record.get("scale", point["scale"])
+    moved = scale != point["scale"]
+    of = f"the merge at scale {point['scale']:g}" if moved else "this merge"
+    lines = [f"Measured by log-likelihoods: {of} {summary(point)}."]
+    if moved:
+        lines.append(
+            f"This model is another: its coefficients are those solved times {scale:g} "
+            f"(`reasoning: {record.get('reasoning')}`), and it was not measured."
+        )
+    else:
+        if scale != 1:
+            lines.append(f"The solved coefficients are multiplied by {scale:g}.")
+        of_layers = record.get("layers") or []
+        lines += [f"Warning: {text}" for text in warnings(point, of_layers)]
+    head, rows = table(point)
+    return [*lines, "", *_table(head, rows), "", f"{NOTE}.", ""]
 
 
 def _layers(record: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,7 @@ from rpam_mergekit.replayable import replayable
 from rpam_mergekit.schema import check_keys
 from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
 from rpam_mergekit.templates import TemplateInUse, template_findings
+from rpam_mergekit.thinking import LONG
 from rpam_mergekit.vocabulary import tokenizer_findings
 
 NAME = "rpam"
@@ -162,6 +163,12 @@ def examine(
     )
     if settings is None or models is None:
         return found
+    if settings.reasoning and models.patterns[0] != LONG:
+        found.findings.append(
+            f"parameters.reasoning: found {settings.reasoning}, but it moves the merge "
+            f"between its operating point and a base that thinks, and base_model has "
+            f"the pattern '{models.patterns[0]}'. Make the Long-CoT model the base."
+        )
     own = {i.model: i.parameters for i in inputs.named}
     weight_settings = tuple((own[m], config.parameters) for m in models.others)
     template = _examine_template(config, models, settings, calibration, found)

@@ -81,7 +81,7 @@ def read_report(path: str | Path) -> CoefficientReport:
     models = file.metadata.get("models", {})
     initial = _initial(settings, models)
     names = tqdm(file.names, desc="reading", unit="tensor", leave=False)
-    tensors = [_figures(name, file.parts(name), initial) for name in names]
+    tensors = [_figures(name, file.solved(name), initial) for name in names]
     tensors.sort(key=lambda t: (t.layer is None, t.layer or 0))
     return CoefficientReport(
         path=str(path),

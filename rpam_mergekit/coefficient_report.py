@@ -70,6 +70,7 @@ _NOTES = (
     "coefficients are shares of the other model: 0 is the base; quantiles are means "
     "over the layers",
     "departure: mean distance from the initial weight",
+    "all coefficients as solved, before the scale of the operating point",
     "heaviest token: what share of a query's objective lies on one token",
 )
 

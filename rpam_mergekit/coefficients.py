@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rpam_mergekit.routing import scale_of
 FORMAT = 1
 METADATA_KEY = "rpam_mergekit"
 BLOCK = 1 << 17  # elements
+_OF_A_LAYER = re.compile(r"\.\d+\.")
 PARTS = ("scalar", "element", "row", "column", "left", "right")
 
 
@@ -208,11 +210,9 @@ class CoefficientsFile:
                 f"{self.path}: format {self.metadata['format']}, but this version "
                 f"reads up to {FORMAT}. Upgrade rpam-mergekit."
             )
-        patterns = self.metadata.get("fingerprint", {}).get("patterns", ["long"])
-        self.scale = scale_of(
-            self.metadata.get("operating_point"), reasoning, patterns[0] == "long"
-        )
-        self._unscaled = set(self.metadata.get("unscaled", []))
+        self.scale = scale_of(self.metadata.get("operating_point"), reasoning)
+        fixed = self.metadata.get("fingerprint", {}).get("fixed", {})
+        self._unscaled = {*fixed, *self.metadata.get("unscaled", [])}
         self._parts: dict[str, list[str]] = {}
         for key in self._file.keys():
             name, _, part = key.rpartition("/")
@@ -225,7 +225,9 @@ class CoefficientsFile:
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """Return the parts of one tensor's coefficient, in float32 on the CPU."""
-        return scaled(self.solved(name), 1 if name in self._unscaled else self.scale)
+        # Files of before do not say what is outside the layers; their names do.
+        kept = name in self._unscaled or not _OF_A_LAYER.search(name)
+        return scaled(self.solved(name), 1 if kept else self.scale)
 
     def solved(self, name: str) -> dict[str, torch.Tensor]:
         """Return the parts as they were solved, not scaled."""

@@ -201,6 +201,7 @@ def provenance(file: CoefficientsFile) -> dict[str, Any]:
             for role, pattern in zip(roles, made_from["patterns"], strict=True)
         },
         "calibration": made_from["calibration"],
+        "scale": file.scale,
         "coefficients": digest_of_file(Path(file.path)),
         "settings": made_from["settings"],
         "layers": [_rounded(layer) for layer in metadata["layers"]],

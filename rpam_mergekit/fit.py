@@ -13,8 +13,8 @@ import torch
 from rpam_mergekit.checkpoint import Layout
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.hub import is_hub_path, local_path
-from rpam_mergekit.memory import return_freed_memory
-from rpam_mergekit.opening import opening_warning
+from rpam_mergekit.memory import knobs, return_freed_memory
+from rpam_mergekit.opens_by_itself import opening_warning
 from rpam_mergekit.planned import Planned, make_room
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.reuse import (
@@ -112,7 +112,8 @@ def _solve(
             f"by a run that did not end; going on behind them ({solved.folder})"
         )
     planned.say(f"rpam: {make_room(prepass, solved.folder)}")
-    opens = _opening(planned, prepass)
+    with knobs(prepass.settings, prepass.shelf):
+        opens = _opening(planned, prepass)
     solution = replace(prepass.run(solved), opens=opens)
     if first:
         write_solution(path, solution, planned.models, planned.layout, fingerprint)
@@ -129,7 +130,7 @@ def _solve(
 def _opening(planned: Planned, prepass: PrePass) -> float | None:
     """Return how likely Long opens its thinking by itself; say it if it is not.
 
-    None where its template lets it: its responses show that it does.
+    None where the template in use does not open it.
     """
     if not planned.request.template.thinking.takes_out:
         return None
@@ -137,7 +138,8 @@ def _opening(planned: Planned, prepass: PrePass) -> float | None:
     if opens is not None:
         models = planned.models
         model = str(models.every[models.patterns.index("long")])
-        if warning := opening_warning(opens, model):
+        weight = prepass.settings.opening_weight
+        if warning := opening_warning(opens, model, weight):
             planned.say(f"rpam: {warning}")
     return opens
 

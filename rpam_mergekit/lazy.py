@@ -30,7 +30,11 @@ from rpam_mergekit.settings import RpamSettings, parse_settings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
 # Of `further`, as a config calls them.
-KEYS = {"weight": "parameters.weight or a model's weight", "layer_ranges": "slices"}
+KEYS = {
+    "reasoning": "parameters.reasoning",
+    "weight": "parameters.weight or a model's weight",
+    "layer_ranges": "slices",
+}
 
 
 def check_up_to_date(
@@ -64,7 +68,7 @@ def _changed(
     yield from _changed_data(settings, patterns, record)
     found = {"dtype": config.dtype, "out_dtype": config.out_dtype, **further(config)}
     for name, value in found.items():
-        if value != record.get(name):
+        if value != record.get(name, 0.0 if name == "reasoning" else None):
             yield KEYS.get(name, name)
     recorded = record["models"]
     if models is None or [m["pattern"] for m in recorded] != list(models.patterns):

@@ -85,6 +85,8 @@ def joined(device: torch.device | str) -> Iterator[Processes]:
         yield Processes()
         return
     cuda = torch.device(device).type == "cuda"
+    if cuda and (rank := os.environ.get("LOCAL_RANK")) is not None:
+        torch.cuda.set_device(int(rank))  # which collectives of objects go by
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Processes(distributed.get_rank(), count)

@@ -189,8 +189,14 @@ def make_room(prepass: PrePass, folder: Path) -> str:
     )
     queries = sum(len(batch.patterns) for batch in prepass.batches)
     tokens = sum(int(batch.attention_mask.sum()) for batch in prepass.batches)
+    steps, count = settings.steps_of(len(prepass.batches)), len(prepass.batches)
+    seen = (
+        f"; {steps} steps a layer see {steps / count:.0%} of the {count} batches"
+        if settings.solver == "adam" and steps < count
+        else ""
+    )
     of = f", {processes.count} processes" if processes.count > 1 else ""
     return (
         f"{queries} queries, {tokens} tokens; activations of {readable(size)} on "
-        f"{PLACES[prepass.shelf.place]}{of}"
+        f"{PLACES[prepass.shelf.place]}{of}{seen}"
     )

@@ -34,7 +34,7 @@ from rpam_mergekit.experts import ExpertWeights, Merging, Weights, float32
 from rpam_mergekit.granularity import LayerCoefficients
 from rpam_mergekit.memory import knobs
 from rpam_mergekit.objective import opening_loss
-from rpam_mergekit.opening import opening_probability, opening_queries
+from rpam_mergekit.opens_by_itself import opening_probability, opening_queries
 from rpam_mergekit.parallel import Processes
 from rpam_mergekit.probes import Measurement, Probes, opening_token
 from rpam_mergekit.prompts import Batch, make_batches
@@ -120,7 +120,9 @@ class PrePass:
         chosen = self._most_divergent(recorder)
         self.streams = self._entered(recorder)
         probes = [batch for batches in self.measured.values() for batch in batches]
-        self.probes = Probes(self._recorder(probes).streams(self._outside()), probes)
+        if probes:
+            streams = self._recorder(probes).streams(self._outside())
+            self.probes = Probes(streams, probes)
         solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
         solves = self.settings.steps_of(len(self.batches))
         with tqdm(
@@ -445,7 +447,7 @@ class PrePass:
         See `opening`; None where no response opens it, or no pattern is `long`.
         """
         queries = [query for batch in self.batches for query in batch.queries]
-        thinking = opening_queries(queries)
+        thinking = opening_queries(queries, self.settings.seed)
         if not thinking or "long" not in self.models.patterns:
             return None
         return opening_probability(

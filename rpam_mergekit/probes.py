@@ -71,14 +71,18 @@ class Probes:
 
 
 def opening_token(queries: Sequence[EncodedQuery]) -> int | None:
-    """Return the token with which thinking is opened; None where no response opens it.
+    """Return the token with which thinking is opened; None where none tells it.
 
-    The most common one, where there are several.
+    The most common one, where there are several. Of gpt-oss, whose answers begin with
+    the same token as its thoughts, the first token says nothing.
     """
-    tokens = Counter(
-        query.ids[query.prompt_tokens] for query in queries if query.opening
-    )
-    return tokens.most_common(1)[0][0] if tokens else None
+    responding = [query for query in queries if query.responds]
+    tokens = Counter(q.ids[q.prompt_tokens] for q in responding if q.opening)
+    if not tokens:
+        return None
+    token = tokens.most_common(1)[0][0]
+    at_once = [q.ids[q.prompt_tokens] for q in responding if not q.opening]
+    return None if token in at_once else token
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,10 @@ class Head:
         parts = []
         wanted = torch.tensor(targets, device=hidden.device)
         for states, ids in zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True):
-            logs = self.decoder.logits(self.outside, states).double().log_softmax(-1)
+            logits = self.decoder.logits(self.outside, states)
+            if logits.device.type == "mps":  # which has no float64
+                logits, ids = logits.cpu(), ids.cpu()
+            logs = logits.double().log_softmax(-1)
             of_targets = logs.gather(1, ids[:, None])[:, 0]
             odds = torch.zeros_like(of_targets)
             if opening is not None:

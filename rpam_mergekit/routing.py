@@ -195,14 +195,11 @@ class OperatingPoint:
         }
 
 
-def scale_of(
-    point: Mapping[str, Any] | None, reasoning: float, base_thinks: bool
-) -> float:
+def scale_of(point: Mapping[str, Any] | None, reasoning: float) -> float:
     """Return by what the solved coefficients are multiplied in the merge.
 
     point: the record of an `OperatingPoint`, None in files that have none. reasoning:
-    the setting; it goes from the operating point to the base at 1 where the base is the
-    model that thinks (`base_thinks`), and as far to the other side at -1.
+    the setting; it goes from the operating point to the base, the model that thinks, at
+    1, and as far to the other side at -1.
     """
-    calibrated = float((point or {}).get("scale", 1.0))
-    return calibrated * (1 - reasoning if base_thinks else 1 + reasoning)
+    return float((point or {}).get("scale", 1.0)) * (1 - reasoning)

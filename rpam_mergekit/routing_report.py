@@ -11,7 +11,8 @@ from rpam_mergekit.tables import aligned
 HEAVY = 0.5  # of a query's objective on one token, from which it is said
 CLOSES = 0.1  # nats by which the closing tag may be less likely than Long's
 NOTE = (
-    "routed: share of queries whose most likely first token is the right expert's; in "
+    "routed: share of queries that open thinking just where the right expert does "
+    "(where none opens it, whose most likely first token is that expert's); in "
     "brackets: the log-likelihood by that expert itself"
 )
 NOT_MEASURED = (
@@ -27,6 +28,8 @@ def summary(point: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     queries, routed = _routed(found)
     text = f"routes {routed:.0%} of {queries} held-out queries"
+    if found.get("area") is None:
+        text = f"begins {routed:.0%} of {queries} held-out queries as the right expert"
     closing = _closing(found)
     if closing is not None:
         text += (
@@ -47,10 +50,10 @@ def warnings(
         found.append(
             f"in {len(heavy)} of {len(layers)} layers more than half of the objective "
             "lies on one token of a query (massive activations): the gap says little "
-            "there. Set parameters.token_scale to capped or length."
+            "there. Try parameters.token_scale: length (or capped, if it was none)."
         )
     held_out = point.get("held_out")
-    if not held_out:
+    if not held_out or held_out.get("area") is None:
         return found
     wrong = {
         pattern: figures
@@ -61,19 +64,18 @@ def warnings(
         return found
     shown = ", ".join(f"{f['routed']:.0%} of '{p}'" for p, f in wrong.items())
     text = f"THE MERGE DOES NOT ROUTE: of the held-out queries it routes {shown}. "
-    area = held_out.get("area")
-    if area is not None and area >= TELLS_APART:
+    area = held_out["area"]
+    if area >= TELLS_APART:
         way = "raise" if "long" in wrong else "lower"
         found.append(
             f"{text}It tells the patterns apart (area under the curve {area:.2f}), but "
-            f"its threshold is wrong: {way} parameters.reasoning (no new pre-pass), or "
-            "parameters.steps."
+            f"its threshold is wrong: {way} parameters.reasoning (no new pre-pass)."
         )
     else:
-        known = "" if area is None else f" (area under the curve {area:.2f})"
         found.append(
-            f"{text}It cannot tell the patterns apart{known}: raise parameters.steps, "
-            "use granularity low_rank or element, or more calibration queries; if the "
+            f"{text}It cannot tell the patterns apart (area under the curve "
+            f"{area:.2f}): raise parameters.steps (or epochs, if they are given), use "
+            "granularity low_rank or element, or more calibration queries; if the "
             "queries' labels are noisy, no setting helps."
         )
     return found

@@ -190,7 +190,7 @@ class RpamSettings(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="A layer is left early when two epochs running lower the objective "
+        description="A layer is left early when two passes running lower the objective "
         "by less than this share (Adam); 0 never leaves early.",
     )
     batch_tokens: int = Field(
@@ -238,7 +238,7 @@ class RpamSettings(BaseModel):
     held_out: float = Field(
         0.1,
         ge=0,
-        lt=1,
+        le=0.5,
         description="Share of each pattern's calibration queries that is held out of "
         "the solving (16 at least, none if a pattern has fewer than 64): on them the "
         "operating point is chosen, and it is measured whether the merge routes.",
@@ -248,8 +248,9 @@ class RpamSettings(BaseModel):
         ge=-1,
         le=1,
         description="Shift of the operating point: 0 as calibrated on held-out "
-        "queries, above it the merged model reasons more readily, at 1 always; below "
-        "it less. Needs no new pre-pass.",
+        "queries; above it the merged model reasons more readily, at 1 its layers are "
+        "those of the model that thinks, which must be the base; below it less. Needs "
+        "no new pre-pass.",
     )
     seed: int = Field(
         0, ge=0, description="Seed of the draw of queries, the batches and the fields."
@@ -300,7 +301,10 @@ def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
                 "the whole merge."
             )
             del given[name]
-    preset = PRESETS.get(str(given.get("preset", "default")), {})
+    preset = dict(PRESETS.get(str(given.get("preset", "default")), {}))
+    if "steps" in given:
+        preset.pop("epochs", None)
+    findings += _idle(given, preset)
     try:
         settings = RpamSettings(**{**preset, **given})
     except ValidationError as error:
@@ -333,6 +337,27 @@ def _brackets(settings: RpamSettings) -> list[str]:
         f"parameters.{lacking}: missing. {there!r} is of no known pair of brackets: "
         "name the text that opens the thinking and the one that closes it."
     ]
+
+
+def _idle(given: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
+    """Return findings on parameters that would do nothing beside others."""
+    found = []
+    if "steps" in given and given.get("epochs") is not None:
+        found.append(
+            "parameters.steps: found beside epochs, which is used in its place. Name "
+            "one of them."
+        )
+    elif "steps" in given and given.get("solver") == "lbfgs":
+        found.append(
+            "parameters.steps: found beside solver 'lbfgs', which counts iterations in "
+            "epochs. Name epochs."
+        )
+    if {**preset, **given}.get("alignment") == "sum" and given.get("decision_weight"):
+        found.append(
+            "parameters.decision_weight: found beside alignment 'sum', which weighs "
+            "every token alike. Use alignment 'relative'."
+        )
+    return found
 
 
 def _finding(error: Any) -> str:

@@ -180,8 +180,8 @@ def heaviest_token(streams: Sequence[Stream], processes: Processes = ALONE) -> f
                 for negative in stream.negatives
             ]
         ).sum(dim=0)
-        apart = apart.masked_fill(stream.decisions, 0)
-        share = apart.amax(dim=1) / apart.sum(dim=1).clamp(min=1e-30)
+        heaviest = apart.masked_fill(stream.decisions, 0).amax(dim=1)
+        share = heaviest / apart.sum(dim=1).clamp(min=1e-30)
         found.append((share * (stream.shares.sum(dim=1) > 0)).sum())
         count += stream.queries
     return _total(found, processes) / count

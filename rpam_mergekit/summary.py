@@ -18,6 +18,7 @@ from rpam_mergekit.estimate import (
     measure,
 )
 from rpam_mergekit.headers import BITS, Header, Tensor
+from rpam_mergekit.holdout import split_queries
 from rpam_mergekit.inspection import Inspection, writes_to
 from rpam_mergekit.memory import (
     activation_bytes,
@@ -29,6 +30,7 @@ from rpam_mergekit.memory import (
 )
 from rpam_mergekit.prompts import Batch, make_batches
 from rpam_mergekit.replayable import Replayable
+from rpam_mergekit.routing import SCALES
 from rpam_mergekit.settings import PRESETS, RpamSettings
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -135,10 +137,15 @@ def _of_prepass(
     options: MergeOptions,
 ) -> Iterator[list[str]]:
     settings, experts = request.settings, len(request.models.every)
-    batches = make_batches(inspection.queries, settings)
+    solving, held_out = split_queries(
+        inspection.queries, settings.held_out, settings.seed
+    )
+    batches = make_batches(solving, settings)
+    probes = make_batches(held_out, settings) * 2  # as many that are solved on
     width = seen.decoder.model.config.get_text_config().hidden_size
     device = torch.device(options.device or "cpu")
     size = activation_bytes(batches, width, experts)
+    size += activation_bytes(probes, width, experts + len(SCALES))
     place = choose_shelf(settings.activations, size, device, folder).place
     shown = {"device": device.type, "host": "host memory", "disk": "disk"}[place]
     yield ["activations", f"{readable(size)} on {shown}"]
@@ -164,7 +171,7 @@ def _of_prepass(
     if peak > free:
         inspection.notes.append(
             f"the pre-pass needs about {readable(peak)} of memory, {readable(free)} "
-            "are free: lower parameters.max_tokens or parameters.batch_size, or set "
+            "are free: lower parameters.max_tokens or parameters.batch_tokens, or set "
             "parameters.activations to disk"
         )
     yield ["pre-pass", _time(seen, batches, settings, experts, device)]

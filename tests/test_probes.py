@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.coefficients import CoefficientsFile
 from rpam_mergekit.holdout import as_many, split_queries
-from rpam_mergekit.opening import opening_queries
+from rpam_mergekit.opens_by_itself import opening_queries
 from rpam_mergekit.prepass import PrePass
 from rpam_mergekit.prompts import encode_calibration, make_batches
 from rpam_mergekit.routing import AS_SOLVED, SCALES
@@ -165,7 +165,7 @@ def test_the_probability_of_opening_is_the_models_own(many):
     model = AutoModelForCausalLM.from_pretrained(many / "long", dtype=torch.float32)
     queries = [query for batch in prepass.batches for query in batch.queries]
     found = []
-    for query in opening_queries(queries):
+    for query in opening_queries(queries, 0):
         with torch.no_grad():
             ids = torch.tensor([query.ids[: query.prompt_tokens]])
             logits = model.eval()(input_ids=ids).logits[0, -1]

@@ -7,6 +7,7 @@ whatever its coefficients. One pass over a few prompts tells, before anything is
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,13 @@ QUERIES = 32
 LIKELY = 0.5  # mean probability of the opening, from which a model opens by itself
 
 
-def opening_queries(queries: Sequence[EncodedQuery]) -> list[EncodedQuery]:
-    """Return at most `QUERIES` queries that think, cut behind their opening."""
+def opening_queries(queries: Sequence[EncodedQuery], seed: int) -> list[EncodedQuery]:
+    """Return at most `QUERIES` queries of `long` that think, cut behind their opening.
+
+    Drawn with a generator of their own seeded by `seed`.
+    """
+    thinking = [query for query in queries if query.opening and query.pattern == "long"]
+    drawn = random.Random(f"opening/{seed}")
     return [
         EncodedQuery(
             query.ids[: query.prompt_tokens + query.opening],
@@ -29,9 +35,8 @@ def opening_queries(queries: Sequence[EncodedQuery]) -> list[EncodedQuery]:
             query.pattern,
             opening=query.opening,
         )
-        for query in queries
-        if query.opening
-    ][:QUERIES]
+        for query in drawn.sample(thinking, min(QUERIES, len(thinking)))
+    ]
 
 
 @torch.no_grad()
@@ -63,8 +68,8 @@ def opening_probability(
         for row, query in enumerate(batch.queries):
             first = query.prompt_tokens - 1
             logits = decoder.logits(outside, hidden[row, first : len(query.ids) - 1])
-            targets = torch.tensor(query.ids[first + 1 :], device=logits.device)
-            logs = logits.double().log_softmax(-1).gather(1, targets[:, None])
+            targets = torch.tensor(query.ids[first + 1 :])
+            logs = logits.cpu().double().log_softmax(-1).gather(1, targets[:, None])
             found.append(float(logs.sum().exp()))
     return sum(found) / len(found)
 
@@ -81,14 +86,21 @@ def _layer(experts: ExpertWeights, expert: int, index: int) -> Weights:
     return float32({names[name]: value for name, value in weights.items()})
 
 
-def opening_warning(probability: float, model: str) -> str | None:
-    """Return what to say of a model that seldom opens its thinking; None if it does."""
+def opening_warning(probability: float, model: str, weight: float) -> str | None:
+    """Return what to say of a model that seldom opens its thinking; None if it does.
+
+    weight: of the opening's term in the pre-pass.
+    """
     if probability >= LIKELY:
         return None
+    remedy = (
+        f"The pre-pass has a term for it (parameters.opening_weight: {weight:g})"
+        if weight
+        else "Set parameters.opening_weight, such as 0.3"
+    )
     return (
         f"warning: {model} opens its thinking by itself with a probability of "
-        f"{probability:.0%} only: its template has always done it. The merged model "
-        "would hardly think. The pre-pass adds a term for the opening "
-        "(parameters.opening_weight); if the merge does not route, use thinking: "
-        "template, which always thinks."
+        f"{probability:.0%} only: its template has always done it. From its hidden "
+        f"states alone the merged model would hardly think. {remedy}; if the merge "
+        "does not route, use thinking: template, which always thinks."
     )
