@@ -60,13 +60,14 @@ def count_work(
     batches: Sequence[Batch],
     settings: RpamSettings,
     experts: int = 2,
+    probes: Sequence[Batch] = (),
 ) -> Work:
     """Return what the pre-pass of `experts` models, the base included, computes.
 
     Every expert goes through each layer once, the merged model twice, to know the gap
     before and after; a step is a forward and a backward pass, twice as long, over one
-    batch. Held-out queries, and as many that are solved on, go once through each layer
-    by every expert and at every scale.
+    batch. `probes`, the held-out queries and as many that are solved on, go once
+    through each layer by every expert and at every scale.
     """
     layers = len(decoder.layers)
     optimised = max(1, round(settings.layers * layers))
@@ -78,12 +79,14 @@ def count_work(
     )
     steps = settings.steps_of(len(batches)) * optimised / layers
     forward = sum(_forward(decoder, batch) for batch in batches)
+    measured = sum(_forward(decoder, batch) for batch in probes)
     passes = 3 * steps / len(batches)
-    passes += 2 * settings.held_out * (experts + len(SCALES))
     fields = 0 if settings.granularity != "low_rank" else 6 * settings.rank
     others = experts - 1
     return Work(
-        forward * (once + passes) + fields * weights * steps * others,
+        forward * (once + passes)
+        + measured * (experts + len(SCALES))
+        + fields * weights * steps * others,
         PASSES * FLOAT * (weights * (steps + 2) + numbers * steps) * others,
         sum(batch.input_ids.numel() for batch in batches),
     )

@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.check import MergeRequest
 from rpam_mergekit.estimate import (
+    Work,
     count_work,
     entering_bytes,
     layer_bytes,
@@ -174,17 +175,17 @@ def _of_prepass(
             "are free: lower parameters.max_tokens or parameters.batch_tokens, or set "
             "parameters.activations to disk"
         )
-    yield ["pre-pass", _time(seen, batches, settings, experts, device)]
+    work = count_work(seen.decoder, batches, settings, experts, probes)
+    yield ["pre-pass", _time(seen, batches, settings, work, device)]
 
 
 def _time(
     seen: Replayable,
     batches: Sequence[Batch],
     settings: RpamSettings,
-    experts: int,
+    work: Work,
     device: torch.device,
 ) -> str:
-    work = count_work(seen.decoder, batches, settings, experts)
     shapes = [p.shape for p in seen.decoder.layers[0].parameters() if p.dim() > 1]
     rows, columns = max(shapes, key=lambda shape: shape.numel())[-2:]
     tokens = max(batch.input_ids.numel() for batch in batches)
