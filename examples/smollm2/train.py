@@ -4,7 +4,7 @@ Not needed to use them: the adapters lie beside this file. A LoRA adapter of ran
 every linear layer of base/ learns the responses of words.py, of problems in the split
 `train` only. Short starts from Long's adapter, as published pairs have one ancestor
 that could do both: trained from the base on its own, it lies so far from Long that a
-fifth of it breaks Long. One CPU thread, float32, seeded; adapters are saved in bfloat16.
+fifth of it breaks Long. One CPU thread, float32, seeded; saved in bfloat16.
 
 All examples of a step share one row of tokens: what their prompts begin with in common
 (the system turn) stands there once, and each example sees it and itself only. That
