@@ -27,9 +27,10 @@ from respond import Response, grade, kept, key_of, respond
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit import compare_report
-from rpam_mergekit.adapters import merge_adapters, merged_folder
+from rpam_mergekit.adapters import adapter_findings, merge_adapters, merged_folder
 from rpam_mergekit.coefficients import merge
 from rpam_mergekit.compare import Comparison, Model, compare
+from rpam_mergekit.errors import refuse
 from rpam_mergekit.tables import aligned
 
 HERE = Path(__file__).parent
@@ -97,6 +98,8 @@ def experts(config: Path, cache: Path) -> tuple[Path, Path]:
     names = (recipe["base_model"], recipe["models"][0]["model"])
     references = [ModelReference.parse(name) for name in names]
     options = MergeOptions(lora_merge_cache=str(cache))
+    for reference in references:  # an earlier adapter's experts are not these
+        refuse(adapter_findings(reference, reference.config(), options))
     merge_adapters(references, options)
     long, short = (merged_folder(reference, options) for reference in references)
     return long, short
