@@ -232,7 +232,11 @@ def test_a_pair_whose_template_opens_merges_as_if_it_did_not(
     written = (out / "chat_template.jinja").read_text()
     assert written == template.replace("<|assistant|><think>", "<|assistant|>")
     assert prompt_of(out) == prompt_of(plain)
-    assert record_of(out) == {
+    thinking = record_of(out)
+    # Random models: this one has not learnt to open its thinking, and it is said.
+    assert 0 < thinking.pop("opens_by_itself") < 0.5
+    assert "opens its thinking by itself with a probability of" in process.stderr
+    assert thinking == {
         "mode": "model",
         "opening": "<think>",
         "removed_from_template": True,
