@@ -34,7 +34,8 @@ TOKENS = 16  # enough to see whether thinking is opened
 def held_out(out: Path, calibration: Path) -> list[CalibrationQuery]:
     """Return the queries that the merge in `out` has held out."""
     record = json.loads((out / "rpam.json").read_text(encoding="utf-8"))
-    settings = parse_settings(record["settings"])
+    found = record["settings"].items()
+    settings = parse_settings({n: v for n, v in found if v is not None})
     queries = read_calibration(calibration)
     tokenizer = AutoTokenizer.from_pretrained(out)
     encoded, _ = encode_calibration(queries, tokenizer, len(tokenizer), settings)
