@@ -76,7 +76,7 @@ def row(
         tokenizer = AutoTokenizer.from_pretrained(out)
         result = evaluate.evaluate(evaluate.load(out), tokenizer, queries, "merged")
     point = record["operating_point"]
-    patterns = point["held_out"]["patterns"].values()
+    patterns = [point["held_out"]["patterns"][name] for name in ("long", "short")]
     thinks = [f"{100 * s['thinking']:.0f}" for s in result.by_difficulty.values()]
     opens = record["thinking"]["opens_by_itself"]
     return [
@@ -94,7 +94,7 @@ def row(
 
 HEAD = ["Long opens by itself, %", "accuracy, %", "all difficulties equal, %"]
 HEAD += ["tokens", "thinks at 1 .. 8, %", "closed, %"]
-HEAD += ["held out, routed: short, long, %", "scale"]
+HEAD += ["held out, routed: long, short, %", "scale"]
 
 
 def main() -> None:
