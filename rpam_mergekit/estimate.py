@@ -143,14 +143,23 @@ def layer_bytes(
     return largest
 
 
-def entering_bytes(shapes: Sequence[Sequence[int]], experts: int = 2) -> int:
-    """Return the peak memory of merging what comes before the layers, the embeddings.
+def outside_bytes(shapes: Sequence[Sequence[int]]) -> int:
+    """Return what the merged embeddings, final norm and head take, in float32.
 
-    Base and task vectors, and of the largest tensor the product, the sum and the
-    rounded result, in float32.
+    They are held while the last layer is solved (the term of the opening looks through
+    them) and while the routing is measured.
     """
-    sizes = [torch.Size(shape).numel() * FLOAT for shape in shapes]
-    return experts * sum(sizes) + sum(sizes) + 3 * max(sizes, default=0)
+    return sum(torch.Size(shape).numel() * FLOAT for shape in shapes)
+
+
+def merging_bytes(shapes: Sequence[Sequence[int]], experts: int = 2) -> int:
+    """Return the peak memory of merging embeddings, final norm and head.
+
+    The merged ones and, of the largest tensor, base and task vectors, the product, the
+    sum and the rounded result, in float32.
+    """
+    largest = max((torch.Size(shape).numel() * FLOAT for shape in shapes), default=0)
+    return outside_bytes(shapes) + (experts + 3) * largest
 
 
 def measure(

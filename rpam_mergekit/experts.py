@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from mergekit.architecture import WeightInfo
 from mergekit.common import dtype_from_name
 
 from rpam_mergekit.checkpoint import Layout, MergeModels, load
@@ -96,26 +97,26 @@ class ExpertWeights:
                 name: w.force_dtype or out_dtype for name, w in names.items()
             }
 
+    def load(self, expert: int, infos: Sequence[WeightInfo]) -> Weights:
+        """Return some of an expert's weights by their names; 0 is the base."""
+        model = self.models.every[expert]
+        return load(model, infos, self.dtype, str(self.decoder.device))
+
     def entering(self, expert: int) -> Weights:
         """Return an expert's weights of what comes before the layers; 0 is the base."""
-        model = self.models.every[expert]
-        device = str(self.decoder.device)
-        return load(model, self.layout.entering, self.dtype, device)
+        return self.load(expert, self.layout.entering)
 
     def outside(self, expert: int) -> Weights:
         """Return all of an expert's weights outside the layers; 0 is the base."""
-        model = self.models.every[expert]
-        device = str(self.decoder.device)
-        return load(model, self.layout.outside, self.dtype, device)
+        return self.load(expert, self.layout.outside)
 
     def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
         """Return a layer's names within itself by full name, and all experts'."""
         infos = self.layout.layers[index]
         within = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
-        device = str(self.decoder.device)
         experts = []
-        for model in self.models.every:
-            weights = load(model, infos, self.dtype, device)
+        for number in range(len(self.models.every)):
+            weights = self.load(number, infos)
             experts.append({within[name]: value for name, value in weights.items()})
         return within, experts
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from rpam_mergekit.checkpoint import load
 from rpam_mergekit.experts import ExpertWeights, Weights, float32
 from rpam_mergekit.prompts import Batch, EncodedQuery
 
@@ -76,12 +75,7 @@ def opening_probability(
 
 def _layer(experts: ExpertWeights, expert: int, index: int) -> Weights:
     infos = experts.layout.layers[index]
-    weights = load(
-        experts.models.every[expert],
-        infos,
-        experts.dtype,
-        str(experts.decoder.device),
-    )
+    weights = experts.load(expert, infos)
     names = {w.name: experts.decoder.relative_name(index, w.name) for w in infos}
     return float32({names[name]: value for name, value in weights.items()})
 

@@ -43,7 +43,7 @@ class Recorder:
         """Return the streams where they enter the first layer.
 
         `entries` are the coefficients of the weights outside the layers. One model's
-        embeddings are in memory at a time, but all of them for the merged one's.
+        embeddings are in memory at a time; for the merged one's, a tensor of each.
         """
         streams: list[Stream] = []
         count = len(self.experts.models.every)
@@ -111,15 +111,16 @@ def merged_outside(
 ) -> Weights:
     """Return the merged weights outside the layers, or of those that come before them.
 
-    As they are written, in float32; `entries` are their coefficients.
+    As they are written, in float32; `entries` are their coefficients. One tensor of the
+    models is in memory at a time.
     """
-    models = experts.models
-    load = experts.entering if entering else experts.outside
-    weights = [load(number) for number in range(len(models.every))]
-    names = list(weights[0])
-    return experts.merging(weights).written(
-        [
-            {name: entries[models.entry(number, name)] for name in names}
+    models, layout = experts.models, experts.layout
+    merged: Weights = {}
+    for info in layout.entering if entering else layout.outside:
+        weights = [experts.load(number, [info]) for number in range(len(models.every))]
+        solved = [
+            {info.name: entries[models.entry(number, info.name)]}
             for number in range(len(models.others))
         ]
-    )
+        merged |= experts.merging(weights).written(solved)
+    return merged

@@ -14,9 +14,10 @@ from rpam_mergekit.check import MergeRequest
 from rpam_mergekit.estimate import (
     Work,
     count_work,
-    entering_bytes,
     layer_bytes,
     measure,
+    merging_bytes,
+    outside_bytes,
 )
 from rpam_mergekit.headers import BITS, Header, Tensor
 from rpam_mergekit.holdout import split_queries
@@ -151,16 +152,16 @@ def _of_prepass(
     shown = {"device": device.type, "host": "host memory", "disk": "disk"}[place]
     yield ["activations", f"{readable(size)} on {shown}"]
     own = dict(seen.decoder.model.named_parameters(remove_duplicate=False))
-    entering = [
+    outside = [
         own[name].shape
-        for info in seen.layout.entering
+        for info in seen.layout.outside
         for name in own
         if name == info.name or name.endswith(f".{info.name}")
     ]
-    peak = max(
-        layer_bytes(seen.decoder, batches, settings, experts),
-        entering_bytes(entering, experts),
-    )
+    layer = layer_bytes(seen.decoder, batches, settings, experts)
+    if settings.opening_weight:
+        layer += outside_bytes(outside)
+    peak = max(layer, merging_bytes(outside, experts))
     on_device = place == "device" or (place == "host" and device.type == "cpu")
     peak += size if on_device else 0
     yield ["peak memory", f"about {readable(peak)} on {device.type} besides libraries"]

@@ -17,9 +17,9 @@ from rpam_mergekit.estimate import (
     Rates,
     Work,
     count_work,
-    entering_bytes,
     layer_bytes,
     measure,
+    merging_bytes,
 )
 from rpam_mergekit.prompts import EncodedQuery, make_batches
 from rpam_mergekit.settings import RpamSettings
@@ -78,8 +78,8 @@ def test_an_element_each_costs_more_memory_than_a_low_rank_field(decoder):
 
 def test_embeddings_may_be_the_peak():
     """Qwen2.5-1.5B's: 0.9 GB each, in float32."""
-    peak = entering_bytes([(151936, 1536)])
-    assert peak == 6 * 4 * 151936 * 1536
+    peak = merging_bytes([(151936, 1536), (1536,)])
+    assert peak == 4 * (6 * 151936 * 1536 + 1536)
 
 
 def test_rates_are_measured_quickly():
