@@ -32,7 +32,12 @@ from rpam_mergekit.memory import (
 )
 from rpam_mergekit.parallel import Processes, local_device
 from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.prompts import (
+    EncodedQuery,
+    encode_calibration,
+    end_token,
+    make_batches,
+)
 from rpam_mergekit.routing import SCALES
 from rpam_mergekit.vocabulary import load_tokenizer
 
@@ -125,7 +130,7 @@ class Planned:
 
         tokenizer = load_tokenizer(self.models.base, self.options)
         _set_chat_template(tokenizer, self.config)
-        self.end_token = tokenizer.eos_token_id
+        self.end_token = end_token(tokenizer)
         assert self.request.calibration is not None
         queries, notes = encode_calibration(
             self.request.calibration,

@@ -273,6 +273,31 @@ def prompt_ids(
     return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
 
 
+def end_token(tokenizer) -> int | None:
+    """Return the token that ends an assistant turn, by the chat template.
+
+    Chat models often end a turn with another token than the tokenizer's end token
+    (Gemma's `<end_of_turn>`, Phi-3's `<|end|>`). The tokenizer's own, where it has no
+    template or the template writes no special token behind the turn.
+    """
+    usual = tokenizer.eos_token_id
+    if getattr(tokenizer, "chat_template", None) is None:
+        return usual
+    said = "42 is what was said"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise what they like
+        return usual
+    _, found, behind = text.rpartition(said)
+    ending = [
+        (len(token.content), number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if found and token.special and behind.lstrip().startswith(token.content)
+    ]
+    return max(ending)[1] if ending else usual
+
+
 def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
     """Return the token ids of a response.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import chains
@@ -13,6 +14,7 @@ from rpam_mergekit.prompts import (
     PADDING,
     EncodedQuery,
     encode_calibration,
+    end_token,
     make_batches,
 )
 from rpam_mergekit.settings import RpamSettings
@@ -191,3 +193,32 @@ def test_the_opening_is_encoded_by_itself(encode):
     (long, _), _ = encode({**LONG, "response": response}, SHORT, tokenizer=tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(long.ids[long.prompt_tokens :])
     assert tokens[:4] == ["<think>", "\n", "\n", "1"]
+
+
+USER = "{{ '<|user|>' + messages[0]['content'] + '<|end|>' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        # As Gemma, Phi-3: the turn's own end token, which is not the tokenizer's.
+        (
+            USER + "{{ '<|assistant|>' + messages[1]['content'] + '<|end|>' }}",
+            "<|end|>",
+        ),
+        (USER + "{{ messages[1]['content'] + '\n<|end|>\n' }}", "<|end|>"),
+        # As Llama 2: the tokenizer's.
+        (USER + "{{ messages[1]['content'] + eos_token }}", None),
+        # Says nothing of it: no special token behind the turn, no turn, no answer.
+        (USER + "{{ messages[1]['content'] + '1<|end|>' }}", None),
+        (USER, None),
+        ("{{ raise_exception('one turn only') }}", None),
+        (None, None),
+    ],
+)
+def test_the_end_token_is_the_one_that_ends_the_turn(tokenizer, template, token):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.eos_token = "<|user|>"
+    wanted = tokenizer.eos_token if token is None else token
+    assert end_token(tokenizer) == tokenizer.convert_tokens_to_ids(wanted)
