@@ -28,10 +28,11 @@ smollm2: $(VENV)/installed  ## Fetch SmolLM2, merge and evaluate the pair in exa
 test: $(VENV)/installed  ## Run the tests
 	$(BIN)/python -m pytest -n 2
 
-lint: $(VENV)/installed  ## Check style and types
+lint: $(VENV)/installed  ## Check style, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md
 	$(BIN)/python benchmarks/lab/study.py $(if $(QUICK),--quick --results build/evidence)

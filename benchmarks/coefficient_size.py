@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rpam_mergekit.granularity import count_numbers
+from rpam_mergekit.prepass.fields import count_numbers
 
 RANKS = (0, 4, 8, 16)
 MEASURED = (

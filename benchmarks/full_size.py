@@ -37,7 +37,7 @@ from random_pairs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.solved import SolvedLayers
+from rpam_mergekit.formats.solved_layers import SolvedLayers
 
 SHAPES = ("qwen2.5-1.5b", "qwen3-4b", "tiny")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from machine import describe, table
 
-from rpam_mergekit.routing_report import summary
+from rpam_mergekit.evaluate.routing_report import summary
 
 
 def main() -> None:

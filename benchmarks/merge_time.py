@@ -36,9 +36,9 @@ from random_pairs import (
     write_pair,
 )
 
-import rpam_mergekit.checkpoint
-import rpam_mergekit.method
-from rpam_mergekit.coefficients import CoefficientsFile
+import rpam_mergekit.merging.method
+import rpam_mergekit.models.checkpoint
+from rpam_mergekit.formats.coefficients import CoefficientsFile
 
 LIMITS = {"tensor": 1.25, "low_rank": 1.25, "element": 1.6}
 MEMORY = 0.10  # above linear's peak, plus one tensor's coefficients
@@ -85,7 +85,7 @@ def solve(folder: Path, granularity: str) -> int:
 
 def merge(config: dict, out: Path) -> tuple[float, float]:
     """Merge into `out` and remove it; return seconds, and those of the digests."""
-    rpam_mergekit.method.activate()
+    rpam_mergekit.merging.method.activate()
     with timed_digests() as digests:
         began = time.perf_counter()
         run_merge(
@@ -102,7 +102,7 @@ def merge(config: dict, out: Path) -> tuple[float, float]:
 def timed_digests() -> Iterator[list[float]]:
     """Record the seconds of every digest, in whichever module it is called from."""
     seconds: list[float] = []
-    original = rpam_mergekit.checkpoint.content_digests
+    original = rpam_mergekit.models.checkpoint.content_digests
 
     def timed(*arguments):
         began = time.perf_counter()

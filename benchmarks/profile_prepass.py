@@ -19,9 +19,9 @@ from machine import describe, table
 from random_pairs import fit_pair, small_config, write_calibration, write_pair
 from torch.profiler import ProfilerActivity, profile
 
-from rpam_mergekit.experts import ExpertWeights
-from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.solved import SolvedLayers
+from rpam_mergekit.formats.solved_layers import SolvedLayers
+from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.prepass.run import PrePass
 
 PHASES = {
     "solving": (PrePass, "_minimise"),

@@ -27,7 +27,7 @@ from machine import describe, table
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from random_pairs import rpam_config, small_config, write_calibration, write_pair
 
-import rpam_mergekit.method
+import rpam_mergekit.merging.method
 
 SHARDS = 12  # of the output, so that kills can fall between two of them
 
@@ -44,7 +44,7 @@ def run(pair: Path, out: Path) -> None:
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
-    rpam_mergekit.method.activate()
+    rpam_mergekit.merging.method.activate()
     size = sum(p.stat().st_size for p in (pair / "long").glob("*.safetensors"))
     options = ["--out-shard-size", str(size // SHARDS)]
     mergekit_yaml([str(pair / "rpam.yml"), str(out), *options])

@@ -31,7 +31,7 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 (not in a run
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 from transformers.utils import logging
 
-from rpam_mergekit.fit import fit
+from rpam_mergekit.merging.fit import fit
 
 # Tokens of the prompts and solutions in the pool of the method's authors (GSM8K,
 # MATH-500, AIME24) by Qwen's tokenizer, at 0, 5, ... 100 % of the 166 long and 1646

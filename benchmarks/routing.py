@@ -21,11 +21,11 @@ from pathlib import Path
 from machine import describe, table
 from transformers import AutoTokenizer
 
-from rpam_mergekit.calibration import CalibrationQuery, read_calibration
-from rpam_mergekit.holdout import split_queries
-from rpam_mergekit.prompts import encode_calibration
-from rpam_mergekit.responses import NONE
-from rpam_mergekit.samples import SampleReader
+from rpam_mergekit.chat.prompts import encode_calibration
+from rpam_mergekit.formats.calibration import CalibrationQuery, read_calibration
+from rpam_mergekit.formats.samples import SampleReader
+from rpam_mergekit.grading.responses import NONE
+from rpam_mergekit.routing.holdout import split_queries
 from rpam_mergekit.settings import parse_settings
 
 TOKENS = 16  # enough to see whether thinking is opened

@@ -99,7 +99,7 @@ def timed(url: str, folder: Path, queries: int, samples: int) -> tuple[float, di
 
 def real_responses(path: Path) -> list[tuple]:
     """Return (gold, texts) of every query of a file of real responses."""
-    from rpam_mergekit.answers import Gold
+    from rpam_mergekit.grading.answers import Gold
 
     batches = []
     for line in path.read_text().splitlines():
@@ -111,8 +111,8 @@ def real_responses(path: Path) -> list[tuple]:
 
 def swapped_golds(path: Path) -> list[tuple]:
     """Return every gold of MATH-500 with the next one's answer: algebra, mostly."""
-    from rpam_mergekit.questions import load_questions
-    from rpam_mergekit.rows import Dataset
+    from rpam_mergekit.sampling.questions import load_questions
+    from rpam_mergekit.sampling.rows import Dataset
 
     loaded = load_questions(Dataset(str(path), preset="math500"))
     golds = [question.gold for question in loaded.questions]
@@ -125,8 +125,8 @@ def swapped_golds(path: Path) -> list[tuple]:
 
 def grading_rates(batches: list[tuple], passes: int) -> list[float]:
     """Return grades per second, once per pass."""
-    from rpam_mergekit.grading import Grader
-    from rpam_mergekit.responses import Markers
+    from rpam_mergekit.grading.responses import Markers
+    from rpam_mergekit.grading.workers import Grader
 
     async def grade_all(grader) -> int:
         done = await asyncio.gather(

@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.formats.coefficients import CoefficientsFile
 
 EPOCHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 50)
 # What of ours differs from the plain procedure's, besides the number of epochs: its

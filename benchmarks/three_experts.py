@@ -34,7 +34,7 @@ from pairs import Pair, Stage, cache
 from tasks import END, Task, chains
 from training import build
 
-from rpam_mergekit.labeling import pattern_of
+from rpam_mergekit.sampling.labels import pattern_of
 
 __all__ = ["cache", "load", "respond"]  # of the lab
 

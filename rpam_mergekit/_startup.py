@@ -12,7 +12,7 @@ import os
 import sys
 
 SWITCH = "RPAM_MERGEKIT_AUTOLOAD"
-# mergekit module -> the function of rpam_mergekit.method called once it has run
+# mergekit module -> the function of rpam_mergekit.merging.method called once it has run
 HOOKS = {
     "mergekit.merge_methods": "register",
     "mergekit.plan": "hook_planner",
@@ -55,15 +55,15 @@ class _Loader:
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        plugin = sys.modules.get("rpam_mergekit.method")
+        plugin = sys.modules.get("rpam_mergekit.merging.method")
         if plugin is not None and not hasattr(plugin, self.hook):
             # The plugin is being imported, and that imports mergekit.
             self.finder.put_off.append((self.hook, module))
             return
         try:
-            import rpam_mergekit.method
+            import rpam_mergekit.merging.method
 
-            getattr(rpam_mergekit.method, self.hook)(module)
+            getattr(rpam_mergekit.merging.method, self.hook)(module)
         except Exception as error:
             self.finder.awaited.clear()
             import warnings

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rpam_mergekit.errors import RpamError, suggestion
-from rpam_mergekit.openings import KNOWN
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.grading.brackets import KNOWN
+from rpam_mergekit.grading.responses import Markers
 
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")

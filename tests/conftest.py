@@ -150,7 +150,7 @@ def merge_here(config: dict, out: Path, **options) -> Path:
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
-    from rpam_mergekit.method import activate
+    from rpam_mergekit.merging.method import activate
 
     activate()
     LoaderCache().loaders.clear()
@@ -204,7 +204,7 @@ def _preload() -> None:
     for name in (
         "mergekit.scripts.run_yaml",
         "mergekit.scripts.multimerge",
-        "rpam_mergekit.method",
+        "rpam_mergekit.merging.method",
         "transformers.models.qwen2.modeling_qwen2",
         "transformers.models.llama.modeling_llama",
     ):

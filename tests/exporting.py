@@ -17,9 +17,9 @@ from mergekit.options import MergeOptions
 from test_merge import COEFFICIENTS, shard_bytes
 from transformers.utils import logging
 
-from rpam_mergekit import method
-from rpam_mergekit.cli_export import export_command
-from rpam_mergekit.export import RECIPE
+from rpam_mergekit.cli.export import export_command
+from rpam_mergekit.merging import method
+from rpam_mergekit.outputs.stock_recipe import RECIPE
 
 
 @contextmanager

@@ -48,9 +48,9 @@ class Engine:
     def __init__(self, folder: str) -> None:
         import torch
 
-        from rpam_mergekit.generation import ModelOptions, TransformersBackend
-        from rpam_mergekit.responses import Markers
-        from rpam_mergekit.sampling import SamplingSettings
+        from rpam_mergekit.grading.responses import Markers
+        from rpam_mergekit.sampling.local import ModelOptions, TransformersBackend
+        from rpam_mergekit.sampling.run import SamplingSettings
 
         torch.set_num_threads(1)
         self.settings = SamplingSettings
@@ -80,7 +80,7 @@ class Engine:
                 await asyncio.to_thread(self.generate, settings, group)
 
     def generate(self, settings, group) -> None:
-        from rpam_mergekit.prompts import prompt_ids
+        from rpam_mergekit.chat.prompts import prompt_ids
 
         self.backend.settings = settings
         prompts = [prompt_ids(b["messages"], self.backend.tokenizer) for b, _ in group]

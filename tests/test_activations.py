@@ -11,11 +11,9 @@ from conftest import merge_config
 from test_merge import COEFFICIENTS, shard_bytes, succeeded
 from test_prepass import build
 
-from rpam_mergekit import memory
-from rpam_mergekit.activations import WORTH_MOVING, PlacedCalls, Shelf
-from rpam_mergekit.calls import Call
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.memory import (
+from rpam_mergekit.prepass import memory
+from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
     choose_shelf,
@@ -23,6 +21,8 @@ from rpam_mergekit.memory import (
     knobs,
     readable,
 )
+from rpam_mergekit.replay.activations import WORTH_MOVING, PlacedCalls, Shelf
+from rpam_mergekit.replay.calls import Call
 from rpam_mergekit.settings import RpamSettings
 
 LARGE = torch.arange(WORTH_MOVING // 4 + 4, dtype=torch.float32).reshape(2, -1)

@@ -7,11 +7,11 @@ import json
 import pytest
 from conftest import ROOT
 
-from rpam_mergekit.answers import Gold, is_correct, quick_verdict
-from rpam_mergekit.presets import PRESETS
-from rpam_mergekit.questions import load_questions
-from rpam_mergekit.responses import Markers, final_answers, thinking
-from rpam_mergekit.rows import Dataset
+from rpam_mergekit.grading.answers import Gold, is_correct, quick_verdict
+from rpam_mergekit.grading.responses import Markers, final_answers, thinking
+from rpam_mergekit.sampling.benchmarks import PRESETS
+from rpam_mergekit.sampling.questions import load_questions
+from rpam_mergekit.sampling.rows import Dataset
 
 DATA = ROOT.parent / "shared" / "data"
 BENCHMARKS = {

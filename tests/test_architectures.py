@@ -34,13 +34,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-import rpam_mergekit.planned
-from rpam_mergekit import method
-from rpam_mergekit.coefficients import CoefficientsFile, merge
-from rpam_mergekit.decoder import Decoder
+import rpam_mergekit.merging.planned
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.recording import merged_outside
+from rpam_mergekit.formats.coefficients import CoefficientsFile, merge
+from rpam_mergekit.merging import method
+from rpam_mergekit.prepass.run import PrePass
+from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.replay.recording import merged_outside
 
 EXACT = 1e-4  # relative; 0 for most, the state space models' kernels round
 
@@ -67,7 +67,7 @@ def prepasses(monkeypatch) -> list[PrePass]:
             super().__init__(*args, **kwargs)
             kept.append(self)
 
-    monkeypatch.setattr(rpam_mergekit.planned, "PrePass", Kept)
+    monkeypatch.setattr(rpam_mergekit.merging.planned, "PrePass", Kept)
     return kept
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from rpam_mergekit.calibration import draw_queries, read_calibration
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.calibration import draw_queries, read_calibration
 
 LONG = {"prompt": "hard?", "pattern": "long", "response": "<think>x</think>y"}
 SHORT = {"prompt": "easy?", "pattern": "short"}

@@ -34,11 +34,11 @@ from test_merge import COEFFICIENTS, shard_bytes, succeeded, tensors
 from test_references import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.chat.prompts import encode_calibration
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.multimerge import patched_config
-from rpam_mergekit.prompts import encode_calibration
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.merging.multimerge import patched_config
 from rpam_mergekit.settings import RpamSettings
 
 PAGE = ROOT / "docs" / "chaining.md"

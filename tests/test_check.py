@@ -31,8 +31,8 @@ from test_references import own_pair  # noqa: F401
 from transformers import AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
-from rpam_mergekit.cli import main
-from rpam_mergekit.coefficients import write_coefficients
+from rpam_mergekit.cli.main import main
+from rpam_mergekit.formats.coefficients import write_coefficients
 
 
 @pytest.fixture(autouse=True)

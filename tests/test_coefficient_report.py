@@ -10,9 +10,9 @@ import torch
 from conftest import merge_config, run
 from test_merge import succeeded
 
-from rpam_mergekit import coefficient_report
-from rpam_mergekit.coefficient_figures import _thinned, read_report
-from rpam_mergekit.coefficients import CoefficientsFile, coefficient
+from rpam_mergekit.evaluate import coefficient_report
+from rpam_mergekit.evaluate.coefficient_figures import _thinned, read_report
+from rpam_mergekit.formats.coefficients import CoefficientsFile, coefficient
 
 
 @pytest.fixture(params=["low_rank", "element", "layer"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rpam_mergekit import coefficients as module
-from rpam_mergekit.coefficients import (
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats import coefficients as module
+from rpam_mergekit.formats.coefficients import (
     CoefficientsFile,
     coefficient,
     merge,
@@ -17,8 +18,7 @@ from rpam_mergekit.coefficients import (
     write_coefficients,
     written,
 )
-from rpam_mergekit.errors import RpamError
-from rpam_mergekit.granularity import LayerCoefficients
+from rpam_mergekit.prepass.fields import LayerCoefficients
 
 SHAPES = {
     "self_attn.q_proj.weight": torch.Size([6, 4]),

@@ -13,12 +13,12 @@ from conftest import QUICKSTART, ROOT, run
 from test_merge import succeeded
 from test_references import save_adapter
 
-from rpam_mergekit import compare_report
-from rpam_mergekit.compare import Model, QueryFigures, by_weight, compare
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.samples import Response, SampledQuery, SampleWriter
-from rpam_mergekit.sweep import interpolation, parse_weights
-from rpam_mergekit.yardsticks import at_tokens, upper_hull
+from rpam_mergekit.evaluate import comparison_report as compare_report
+from rpam_mergekit.evaluate.compare import Model, QueryFigures, by_weight, compare
+from rpam_mergekit.evaluate.sweep import interpolation, parse_weights
+from rpam_mergekit.evaluate.yardsticks import at_tokens, upper_hull
+from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
 
 DATA = ROOT.parent / "shared" / "data"
 

@@ -12,10 +12,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import AutoConfig
 
-from rpam_mergekit.checkpoint import content_digest, plan_layout
-from rpam_mergekit.coefficients import write_coefficients
-from rpam_mergekit.completeness import check_complete
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.coefficients import write_coefficients
+from rpam_mergekit.models.checkpoint import content_digest, plan_layout
+from rpam_mergekit.models.completeness import check_complete
 
 LOSSY = {
     "first_k_dense_replace": 1,

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rpam_mergekit.decoder import Decoder
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.replay.decoder import Decoder
 
 COMMON = {**TINY, "num_hidden_layers": 4, "vocab_size": 64, "pad_token_id": 0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from conftest import QUICKSTART, ROOT
 
-from rpam_mergekit.cli import main
+from rpam_mergekit.cli.main import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [QUICKSTART / "README.md", ROOT / "examples" / "smollm2" / "README.md"]
@@ -51,7 +51,7 @@ def test_a_command_that_a_page_shows_parses(page, line, tmp_path, monkeypatch):
 
 
 def test_the_presets_that_the_docs_list_are_those_there_are():
-    from rpam_mergekit.presets import PRESETS
+    from rpam_mergekit.sampling.benchmarks import PRESETS
 
     page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\S+/\S+)", page, re.MULTILINE))

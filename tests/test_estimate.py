@@ -12,8 +12,8 @@ from conftest import write_calibration as write_queries
 from test_check import CliRunner, main
 from test_merge import COEFFICIENTS, succeeded
 
-from rpam_mergekit.decoder import Decoder
-from rpam_mergekit.estimate import (
+from rpam_mergekit.chat.prompts import EncodedQuery, make_batches
+from rpam_mergekit.checks.estimate import (
     Rates,
     Work,
     count_work,
@@ -21,7 +21,7 @@ from rpam_mergekit.estimate import (
     measure,
     merging_bytes,
 )
-from rpam_mergekit.prompts import EncodedQuery, make_batches
+from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.settings import RpamSettings
 
 MIB = 2**20

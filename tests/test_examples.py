@@ -29,11 +29,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from rpam_mergekit.check import check_config
-from rpam_mergekit.cli import main
-from rpam_mergekit.cli_check import check_command
-from rpam_mergekit.inputs import merge_models, read_inputs
-from rpam_mergekit.schema import check_keys
+from rpam_mergekit.checks.config_file import check_keys
+from rpam_mergekit.checks.examine import check_config
+from rpam_mergekit.checks.inputs import merge_models, read_inputs
+from rpam_mergekit.cli.check import check_command
+from rpam_mergekit.cli.main import main
 from rpam_mergekit.settings import parse_settings
 
 EXAMPLES = ROOT / "examples"

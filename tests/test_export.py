@@ -29,9 +29,9 @@ from test_benchmarks import tables as printed
 from test_merge import COEFFICIENTS, shard_bytes, succeeded, tensors
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.cli_export import export_command
-from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
-from rpam_mergekit.export import RECIPE
+from rpam_mergekit.cli.export import export_command
+from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
+from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.settings import SCALAR_GRANULARITIES
 
 ARCHITECTURES = [

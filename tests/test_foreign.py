@@ -8,7 +8,7 @@ import pytest
 from conftest import QUICKSTART, run
 from test_merge import succeeded
 
-from rpam_mergekit.samples import SampleReader
+from rpam_mergekit.formats.samples import SampleReader
 
 
 def write(path, *rows):

@@ -9,9 +9,9 @@ import signal
 import psutil
 import pytest
 
-from rpam_mergekit.answers import Gold
-from rpam_mergekit.grading import Grader, answers_to_grade
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.grading.answers import Gold
+from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.grading.workers import Grader, answers_to_grade
 
 FIVE = Gold(values=("5",))
 # Computer algebra tries to write this number down.

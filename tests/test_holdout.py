@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rpam_mergekit.holdout import as_many, split_queries
-from rpam_mergekit.prompts import EncodedQuery
+from rpam_mergekit.chat.prompts import EncodedQuery
+from rpam_mergekit.routing.holdout import as_many, split_queries
 
 
 def queries(long: int, short: int, responds: bool = True) -> list[EncodedQuery]:

@@ -18,15 +18,15 @@ from conftest import merge_config, run
 from hub_server import Hub, add_repository, serving, user
 from test_merge import COEFFICIENTS, shard_bytes, succeeded
 
-from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.hub import FORM, HubPath, is_hub_path, local_path
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.hub_path import FORM, HubPath, is_hub_path, local_path
 
 KEY = "parameters.calibration"
 FILE = "hf://datasets/org/data/calibration.jsonl"
 READ = """
 import sys
-from rpam_mergekit.calibration import read_calibration
+from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.errors import RpamError
 for name in sys.argv[1:]:
     try:
@@ -225,7 +225,9 @@ def test_ordinary_paths_are_left_alone(tmp_path):
 
 
 def test_naming_files_of_the_hub_does_not_load_torch():
-    code = "import sys, rpam_mergekit.hub as h; print('torch' in sys.modules)"
+    code = (
+        "import sys, rpam_mergekit.formats.hub_path as h; print('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

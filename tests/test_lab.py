@@ -20,8 +20,8 @@ import torch
 from conftest import QUICKSTART, ROOT
 from safetensors.torch import load_file
 
-from rpam_mergekit.coefficients import CoefficientsFile, written
-from rpam_mergekit.samples import Response, SampledQuery, SampleWriter
+from rpam_mergekit.formats.coefficients import CoefficientsFile, written
+from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
 
 LAB = ROOT / "benchmarks" / "lab"
 sys.path.insert(0, str(LAB))

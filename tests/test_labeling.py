@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from rpam_mergekit import label_report
-from rpam_mergekit.calibration import read_calibration
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.labeling import Candidate, Summary, label, pattern_of
-from rpam_mergekit.labeling import write_calibration as write
-from rpam_mergekit.leaks import LeakGuard
-from rpam_mergekit.responses import Markers
-from rpam_mergekit.samples import Response, SampledQuery
+from rpam_mergekit.evaluate import label_report
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.samples import Response, SampledQuery
+from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.sampling.labels import Candidate, Summary, label, pattern_of
+from rpam_mergekit.sampling.labels import write_calibration as write
+from rpam_mergekit.sampling.leaks import LeakGuard
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.leaks import LeakGuard, normalized, read_guard
+from rpam_mergekit.sampling.leaks import LeakGuard, normalized, read_guard
 
 DATA = ROOT.parent / "shared" / "data"
 LONG = (

@@ -15,7 +15,7 @@ from conftest import merge_config, qwen2_config, run, save_pair, write_calibrati
 from test_prepass import build
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.objective import CAP, token_factors
+from rpam_mergekit.prepass.objective import CAP, token_factors
 
 LENGTH = 1000.0
 

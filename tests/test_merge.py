@@ -12,7 +12,7 @@ from safetensors import safe_open
 from test_prepass import GRANULARITIES, build
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.coefficients import CoefficientsFile, merge
+from rpam_mergekit.formats.coefficients import CoefficientsFile, merge
 
 COEFFICIENTS = Path("rpam") / "coefficients.safetensors"
 

@@ -21,8 +21,8 @@ from exporting import (
 )
 from test_merge import COEFFICIENTS, tensors
 
-from rpam_mergekit.coefficients import CoefficientsFile
-from rpam_mergekit.export import RECIPE
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.settings import SCALAR_GRANULARITIES
 
 

@@ -6,12 +6,8 @@ import math
 
 import torch
 
-from rpam_mergekit.objective import (
-    contrastive,
-    distance,
-    per_query,
-    token_weights,
-)
+from rpam_mergekit.prepass.objective import contrastive, distance
+from rpam_mergekit.replay.token_weights import per_query, token_weights
 
 DOUBLE = torch.float64
 

@@ -17,7 +17,7 @@ from conftest import merge_config, run, write_calibration
 from safetensors.torch import load_file
 from test_resume import COEFFICIENTS, solved, wait_for
 
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.formats.coefficients import CoefficientsFile
 
 # Largest difference from the numbers of one process, after a few epochs.
 TOLERANCE = 5e-3

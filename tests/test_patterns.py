@@ -20,17 +20,13 @@ from mergekit.common import ModelReference
 from safetensors.torch import load_file
 from test_streams import three_experts
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.checkpoint import MergeModels
-from rpam_mergekit.coefficients import CoefficientsFile, merge
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile, merge
+from rpam_mergekit.models.checkpoint import MergeModels
+from rpam_mergekit.prepass.measures import expert_distance, gap, objective
+from rpam_mergekit.replay.token_weights import pattern_shares
 from rpam_mergekit.settings import RpamSettings
-from rpam_mergekit.streams import (
-    expert_distance,
-    gap,
-    objective,
-    pattern_shares,
-)
 
 NAMES = ("long", "short", "code")
 

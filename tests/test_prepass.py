@@ -11,14 +11,15 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
-from rpam_mergekit.activations import Shelf
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.checkpoint import MergeModels, plan_layout
-from rpam_mergekit.coefficients import CoefficientsFile, write_coefficients
-from rpam_mergekit.decoder import Decoder
+from rpam_mergekit.chat.prompts import encode_calibration, make_batches
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.prompts import encode_calibration, make_batches
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
+from rpam_mergekit.models.checkpoint import MergeModels, plan_layout
+from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.prepass.run import PrePass
+from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.settings import parse_settings
 
 GRANULARITIES = ("low_rank", "element", "row", "tensor", "module", "layer")
@@ -41,14 +42,17 @@ def build(
     tokenizer = AutoTokenizer.from_pretrained(folder / "long")
     calibration = read_calibration(folder / "calibration.jsonl")
     queries, _ = encode_calibration(calibration, tokenizer, config.vocab_size, settings)
-    return PrePass(
+    experts = ExpertWeights(
         MergeModels(base, (other,), patterns or ("long", "short")),
         layout,
         Decoder(config, device, compute_dtype=settings.compute_dtype),
+        dtype,
+        out_dtype,
+    )
+    return PrePass(
+        experts,
         make_batches(queries, settings),
         settings,
-        dtype=dtype,
-        out_dtype=out_dtype,
         fixed=fixed,
         quiet=True,
     )

@@ -12,13 +12,14 @@ from conftest import write_calibration as write_queries
 from test_prepass import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.coefficients import CoefficientsFile
-from rpam_mergekit.holdout import as_many, split_queries
-from rpam_mergekit.opens_by_itself import opening_queries
-from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.prompts import encode_calibration, make_batches
-from rpam_mergekit.routing import AS_SOLVED, SCALES
+from rpam_mergekit.chat.prompts import encode_calibration, make_batches
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.prepass.run import PrePass
+from rpam_mergekit.routing import probes
+from rpam_mergekit.routing.figures import AS_SOLVED, SCALES
+from rpam_mergekit.routing.holdout import as_many, split_queries
+from rpam_mergekit.routing.opening import opening_queries
 
 COEFFICIENTS = Path("rpam") / "coefficients.safetensors"
 FIXED = {"model.layers.1.self_attn.q_proj.weight": 0.25}
@@ -38,18 +39,15 @@ def probed(folder: Path, **parameters) -> PrePass:
 
     As a merge makes it, but with `FIXED` weights.
     """
-    plain = build(folder, **{"batch_tokens": 256, **parameters})
+    plain = build(folder, dtype="float32", **{"batch_tokens": 256, **parameters})
     calibration = read_calibration(folder / "calibration.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder / "long")
     queries, _ = encode_calibration(calibration, tokenizer, 1000, plain.settings)
     solving, held_out = split_queries(queries, 0.1, 0)
     prepass = PrePass(
-        plain.models,
-        plain.layout,
-        plain.decoder,
+        plain.experts,
         make_batches(solving, plain.settings),
         plain.settings,
-        dtype="float32",
         fixed=FIXED,
         quiet=True,
         held_out=make_batches(held_out, plain.settings),
@@ -67,7 +65,7 @@ def test_the_model_on_disk_is_the_one_measured_at_its_scale(
     many, tmp_path, monkeypatch, reasoning, scale
 ):
     """Of every tensor but those that the user set."""
-    monkeypatch.setattr("rpam_mergekit.probes.choose_scale", lambda *_: AS_SOLVED)
+    monkeypatch.setattr(probes, "choose_scale", lambda *_: AS_SOLVED)
     models = [
         {
             "model": str(many / "short"),

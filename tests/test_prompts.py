@@ -8,15 +8,15 @@ import json
 import chains
 import pytest
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.errors import RpamError
-from rpam_mergekit.prompts import (
+from rpam_mergekit.chat.prompts import (
     PADDING,
     EncodedQuery,
     encode_calibration,
     end_token,
     make_batches,
 )
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.settings import RpamSettings
 
 LONG = {"prompt": "1+1*3=", "pattern": "long", "response": "<think>1+1=2</think>6"}

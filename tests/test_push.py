@@ -15,11 +15,11 @@ from conftest import merge_config, run
 from hub_server import Hub, add_repository, serving, user
 from test_merge import succeeded
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.card import END, START, complete, front_matter
-from rpam_mergekit.cli_push import push_command
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.cli.push import push_command
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.outputs.card import END, START, complete, front_matter
 from rpam_mergekit.settings import RpamSettings
 
 COEFFICIENTS = "rpam/coefficients.safetensors"

@@ -9,9 +9,9 @@ import pytest
 from conftest import run
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.presets import CHOICE, MATH, PRESETS
-from rpam_mergekit.questions import UnusableRow, load_questions
-from rpam_mergekit.rows import Dataset
+from rpam_mergekit.sampling.benchmarks import CHOICE, MATH, PRESETS
+from rpam_mergekit.sampling.questions import UnusableRow, load_questions
+from rpam_mergekit.sampling.rows import Dataset
 
 
 def write(path, *rows):

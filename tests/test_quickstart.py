@@ -14,7 +14,7 @@ from conftest import QUICKSTART, ROOT, run
 from test_merge import succeeded, tensors
 from transformers import AutoTokenizer
 
-from rpam_mergekit.calibration import read_calibration
+from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.settings import settings_table
 
 

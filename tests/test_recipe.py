@@ -12,9 +12,9 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration, evaluate_setting
 from mergekit.merge_methods.base import TensorGroup
 
-from rpam_mergekit.coefficients import written
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.recipe import (
+from rpam_mergekit.formats.coefficients import written
+from rpam_mergekit.outputs.filters import (
     MOST_OTHERS,
     as_written,
     first_match,

@@ -21,10 +21,11 @@ from test_merge import COEFFICIENTS, shard_bytes
 from test_references import save_adapter
 
 from rpam_mergekit import __version__
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.checks.reuse import ALGORITHM
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.record import RECORD, further
-from rpam_mergekit.reuse import ALGORITHM
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.outputs.folder import RECORD
+from rpam_mergekit.outputs.record import further
 from rpam_mergekit.settings import parse_settings
 
 RECIPE = "rpam_recipe.yml"

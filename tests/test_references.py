@@ -30,12 +30,12 @@ from safetensors.torch import load_file, save_file
 from test_merge import COEFFICIENTS, assert_merged_by_formula, shard_bytes, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from rpam_mergekit.adapters import merge_adapters
-from rpam_mergekit.check import check_config, config_notes
-from rpam_mergekit.checkpoint import MergeModels, content_digest
+from rpam_mergekit.checks.examine import check_config, config_notes
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.headers import compare_shapes, read_header
-from rpam_mergekit.references import public_name, reachable, read_config
+from rpam_mergekit.models.adapters import merge_adapters
+from rpam_mergekit.models.checkpoint import MergeModels, content_digest
+from rpam_mergekit.models.headers import compare_shapes, read_header
+from rpam_mergekit.models.references import public_name, reachable, read_config
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpam_mergekit.responses import Markers, boxed, final_answers, thinking
+from rpam_mergekit.grading.responses import Markers, boxed, final_answers, thinking
 
 THINK = Markers()
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from rpam_mergekit.routing import (
+from rpam_mergekit.evaluate.routing_report import closing_text, summary, warnings
+from rpam_mergekit.formats.operating_point import OperatingPoint, scale_of
+from rpam_mergekit.routing.figures import (
     AS_SOLVED,
     LEAST,
     SCALES,
-    OperatingPoint,
     QueryFigures,
     area_under_curve,
     choose_scale,
     routing_of,
-    scale_of,
 )
-from rpam_mergekit.routing_report import closing_text, summary, warnings
 
 PATTERNS = ["long"] * 8 + ["short"] * 8
 

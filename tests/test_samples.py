@@ -7,9 +7,14 @@ import resource
 
 import pytest
 
-from rpam_mergekit.answers import Gold
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.samples import Response, SampledQuery, SampleReader, SampleWriter
+from rpam_mergekit.formats.samples import (
+    Response,
+    SampledQuery,
+    SampleReader,
+    SampleWriter,
+)
+from rpam_mergekit.grading.answers import Gold
 
 HEADER = {"model": "m", "sampling": {"seed": 0, "temperature": 1.0}}
 

@@ -25,9 +25,9 @@ from test_docs import shell_lines
 from test_merge import succeeded
 from transformers import AutoModelForCausalLM
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.samples import SampleReader
-from rpam_mergekit.sampling import SamplingSettings
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.samples import SampleReader
+from rpam_mergekit.sampling.run import SamplingSettings
 
 TASK = ["--temperature", "1", "--top-p", "1", "--max-tokens", "72"]
 LONG, SHORT = str(QUICKSTART / "long"), str(QUICKSTART / "short")
@@ -243,7 +243,7 @@ def test_responses_do_not_depend_on_the_batch(tmp_path, questions):
 
 
 def test_seeded_sampling_follows_the_distribution():
-    from rpam_mergekit.generation import SeededSampling
+    from rpam_mergekit.sampling.local import SeededSampling
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     settings = SamplingSettings(temperature=0.5, top_p=0.999, top_k=3)
@@ -257,8 +257,8 @@ def test_seeded_sampling_follows_the_distribution():
 
 
 def test_a_generation_ends_when_its_run_is_stopped():
-    from rpam_mergekit.generation import ModelOptions, TransformersBackend
-    from rpam_mergekit.responses import Markers
+    from rpam_mergekit.grading.responses import Markers
+    from rpam_mergekit.sampling.local import ModelOptions, TransformersBackend
 
     options = ModelOptions(device="cpu", dtype="float32")
     settings = SamplingSettings(max_tokens=72)
@@ -448,7 +448,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, questions):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys, rpam_mergekit.cli; print([m for m in sys.modules if 'torch' in m])"
+        "import sys, rpam_mergekit.cli.main\n"
+        "print([m for m in sys.modules if 'torch' in m])"
     )
     assert run(["python", "-c", code]).stdout.strip() == "[]"
     for command in ("sample", "grade", "label", "merge", "sweep", "compare", "report"):

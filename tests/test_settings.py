@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.grading.responses import Markers
 from rpam_mergekit.settings import PRESETS, RpamSettings, parse_settings
 
 

@@ -22,7 +22,7 @@ from hub_server import Hub, add_repository, serving, user
 from test_docs import BLOCK
 from test_merge import COEFFICIENTS, shard_bytes, succeeded
 
-from rpam_mergekit.public_config import public_config
+from rpam_mergekit.outputs.public_names import public_config
 
 LONG = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 SHORT = "Qwen/Qwen2.5-Math-1.5B"
@@ -32,7 +32,7 @@ PAGE = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
 COMMANDS = """
 import json, shlex, sys
 from click.testing import CliRunner
-from rpam_mergekit.cli import main
+from rpam_mergekit.cli.main import main
 for line in sys.argv[1:]:
     program, *arguments = shlex.split(line, comments=True)
     if program == "mergekit-yaml":

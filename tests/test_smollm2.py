@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.schema import check_keys
+from rpam_mergekit.checks.config_file import check_keys
+from rpam_mergekit.formats.calibration import read_calibration
 
 SMOLLM2 = ROOT / "examples" / "smollm2"
 # At the end: `train` and `evaluate` are the quickstart's for the other tests.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpam_mergekit import solver
+from rpam_mergekit.prepass import solver
 
 TARGETS = torch.tensor([[0.2, -1.0], [0.4, 3.0]], dtype=torch.float64)
 

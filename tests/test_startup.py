@@ -128,7 +128,16 @@ def test_the_switch_turns_it_off(environment, wheel):
     "first",
     [
         "mergekit.merge_methods",
-        *(f"rpam_mergekit.{n}" for n in ("method", "check", "fit", "prepass", "sweep")),
+        *(
+            f"rpam_mergekit.{name}"
+            for name in (
+                "merging.method",
+                "checks.examine",
+                "merging.fit",
+                "prepass.run",
+                "evaluate.sweep",
+            )
+        ),
     ],
 )
 def test_the_plugin_may_be_imported_before_mergekit(environment, wheel, first):
@@ -144,7 +153,7 @@ def test_the_plugin_may_be_imported_before_mergekit(environment, wheel, first):
 
 def test_a_broken_plugin_leaves_mergekit_working_and_says_why(environment, wheel):
     environment.install(wheel)
-    (environment.site / "rpam_mergekit" / "method.py").write_text("1 / 0\n")
+    (environment.site / "rpam_mergekit" / "merging" / "method.py").write_text("1 / 0\n")
     process = environment.run("-c", LIST + "; import mergekit.merge")
     assert process.returncode == 0
     assert "'linear'" in process.stdout

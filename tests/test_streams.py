@@ -6,9 +6,11 @@ import math
 
 import torch
 
-from rpam_mergekit.prompts import EncodedQuery, make_batches
+from rpam_mergekit.chat.prompts import EncodedQuery, make_batches
+from rpam_mergekit.prepass.measures import expert_distance, gap
+from rpam_mergekit.replay.streams import Stream
+from rpam_mergekit.replay.token_weights import weigh_tokens
 from rpam_mergekit.settings import RpamSettings
-from rpam_mergekit.streams import Stream, expert_distance, gap, weigh_tokens
 
 QUERIES = [
     EncodedQuery((5,) * 4, 3, "long"),

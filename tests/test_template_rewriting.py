@@ -6,14 +6,14 @@ import chains
 import chat_templates
 import pytest
 
-from rpam_mergekit.responses import Markers
-from rpam_mergekit.template_rewriting import (
+from rpam_mergekit.chat.template_rewriting import (
     Case,
     _battery,
     generation_prompt,
     render,
     without_opening,
 )
+from rpam_mergekit.grading.responses import Markers
 
 TAGS, BRACKETS = Markers(), Markers("[THINK]", "[/THINK]")
 CHANNEL = Markers("<|channel|>analysis<|message|>", "<|end|>")

@@ -16,16 +16,16 @@ from mergekit.config import MergeConfiguration
 from test_merge import COEFFICIENTS, shard_bytes, succeeded
 from transformers import AutoTokenizer
 
-from rpam_mergekit.calibration import CalibrationQuery
-from rpam_mergekit.cli import main
-from rpam_mergekit.coefficients import CoefficientsFile
+from rpam_mergekit.chat.thinking import ThinkingMode, opens, thinking_of
+from rpam_mergekit.checks.templates import TemplateInUse
+from rpam_mergekit.cli.main import main
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.openings import KNOWN
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.evaluate.sweep import _merge, interpolation, thinking_settings
+from rpam_mergekit.formats.calibration import CalibrationQuery
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.grading.brackets import KNOWN
+from rpam_mergekit.grading.responses import Markers
 from rpam_mergekit.settings import RpamSettings
-from rpam_mergekit.sweep import _merge, interpolation, thinking_settings
-from rpam_mergekit.templates import TemplateInUse
-from rpam_mergekit.thinking import ThinkingMode, opens, thinking_of
 
 PLAIN = chains.CHAT_TEMPLATE
 # Of the quickstart's tokens, of which none is a line break.
@@ -392,7 +392,7 @@ def test_coefficients_know_how_they_were_solved(own, plain):
 
 
 def test_coefficients_of_before_the_setting_are_made_anew(own, tmp_path):
-    from rpam_mergekit.coefficients import write_coefficients
+    from rpam_mergekit.formats.coefficients import write_coefficients
 
     out = merge_here(merge_config(own), own / "out")
     path = out / COEFFICIENTS

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from test_benchmarks import benchmark, number, tables
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.samples import Response, SampledQuery, SampleWriter
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from test_check import check, edit, found, noted, sound  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.completeness import check_complete
-from rpam_mergekit.vocabulary import Differences
+from rpam_mergekit.models.completeness import check_complete
+from rpam_mergekit.models.tokenizers import Differences
 
 PADDED = 32  # rows of the embedding, more than the tokenizer has
 

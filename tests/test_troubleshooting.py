@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from conftest import ROOT, merge_config, run
 from safetensors.torch import save_file
 
-from rpam_mergekit.cli import main
+from rpam_mergekit.cli.main import main
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 GAP = "…"
@@ -35,7 +35,7 @@ def pattern(message: str) -> re.Pattern[str]:
 
 def texts() -> Iterator[str]:
     """Yield all strings of the package's sources, values in them as a gap."""
-    for path in sorted((ROOT / "rpam_mergekit").glob("*.py")):
+    for path in sorted((ROOT / "rpam_mergekit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(

@@ -16,10 +16,10 @@ from test_references import save_adapter
 from test_sampling import refused, sample, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.calibration import read_calibration
-from rpam_mergekit.openings import begun_turn, markers_in, opening_of, read_turn
-from rpam_mergekit.responses import Markers, final_answers, without_end
-from rpam_mergekit.samples import SampleReader
+from rpam_mergekit.formats.calibration import read_calibration
+from rpam_mergekit.formats.samples import SampleReader
+from rpam_mergekit.grading.brackets import begun_turn, markers_in, opening_of, read_turn
+from rpam_mergekit.grading.responses import Markers, final_answers, without_end
 
 TEMPLATE = (QUICKSTART / "long" / "chat_template.jinja").read_text()
 OPENING = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>\n")
@@ -467,7 +467,7 @@ def read(path: str) -> list:
     """Return the responses of a file as `label` and `compare` have them."""
     import asyncio
 
-    from rpam_mergekit.intake import Intake
+    from rpam_mergekit.sampling.read_samples import Intake
 
     options = {"opened_by_prompt": None, "think_open": None, "think_close": None}
 

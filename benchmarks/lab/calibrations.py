@@ -10,7 +10,7 @@ from typing import Any
 from jobs import Job
 from pairs import Pair
 
-from rpam_mergekit.samples import SampleReader
+from rpam_mergekit.formats.samples import SampleReader
 
 
 def calibration(pair: Pair) -> Path:

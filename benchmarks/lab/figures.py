@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rpam_mergekit.yardsticks import at_tokens, upper_hull
+from rpam_mergekit.evaluate.yardsticks import at_tokens, upper_hull
 
 Mix = Mapping[int, float]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from figures import point, router
 
-from rpam_mergekit.yardsticks import upper_hull
+from rpam_mergekit.evaluate.yardsticks import upper_hull
 
 
 def draw(path: Path, pairs: Sequence) -> None:

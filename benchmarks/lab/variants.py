@@ -11,15 +11,15 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-import rpam_mergekit.planned
-from rpam_mergekit.calls import Call
-from rpam_mergekit.checkpoint import load
-from rpam_mergekit.experts import Merging, Weights
-from rpam_mergekit.granularity import LayerCoefficients
-from rpam_mergekit.prepass import PrePass
-from rpam_mergekit.recording import Recorder
-from rpam_mergekit.solved import OUTSIDE, Entries, Solution
-from rpam_mergekit.streams import Stream
+import rpam_mergekit.merging.planned
+from rpam_mergekit.formats.solved_layers import OUTSIDE, Entries, Solution
+from rpam_mergekit.models.checkpoint import load
+from rpam_mergekit.prepass.fields import LayerCoefficients
+from rpam_mergekit.prepass.run import PrePass
+from rpam_mergekit.replay.calls import Call
+from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.recording import Recorder
+from rpam_mergekit.replay.streams import Stream
 
 
 class LearnedOutside(PrePass):
@@ -201,8 +201,8 @@ VARIANTS = {"learned outside": LearnedOutside, "early stop": EarlyStop}
 def prepass_of(variant: str | None) -> Iterator[None]:
     """Make merges of this process use a variant of the pre-pass; None: the real one."""
     if variant is not None:
-        rpam_mergekit.planned.PrePass = VARIANTS[variant]
+        rpam_mergekit.merging.planned.PrePass = VARIANTS[variant]
     try:
         yield
     finally:
-        rpam_mergekit.planned.PrePass = PrePass
+        rpam_mergekit.merging.planned.PrePass = PrePass

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit.coefficients import merge
-from rpam_mergekit.openings import opening_of
-from rpam_mergekit.responses import Markers
+from rpam_mergekit.formats.coefficients import merge
+from rpam_mergekit.grading.brackets import opening_of
+from rpam_mergekit.grading.responses import Markers
 
 HERE = Path(__file__).parent
 MOST_NEW_TOKENS = 72

@@ -26,12 +26,16 @@ from neutral import log_likelihoods
 from respond import Response, grade, kept, key_of, respond
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rpam_mergekit import compare_report
-from rpam_mergekit.adapters import adapter_findings, merge_adapters, merged_folder
-from rpam_mergekit.coefficients import merge
-from rpam_mergekit.compare import Comparison, Model, compare
 from rpam_mergekit.errors import refuse
-from rpam_mergekit.tables import aligned
+from rpam_mergekit.evaluate import comparison_report as compare_report
+from rpam_mergekit.evaluate.compare import Comparison, Model, compare
+from rpam_mergekit.formats.coefficients import merge
+from rpam_mergekit.models.adapters import (
+    adapter_findings,
+    merge_adapters,
+    merged_folder,
+)
+from rpam_mergekit.text import aligned
 
 HERE = Path(__file__).parent
 # Finer where the responses turn from long to short.

@@ -15,9 +15,15 @@ from mergekit.io import ShardedTensorIndex
 from transformers import LogitsProcessor, LogitsProcessorList
 from words import Problem
 
-from rpam_mergekit.checkpoint import digest
-from rpam_mergekit.compare import QueryFigures
-from rpam_mergekit.responses import CLOSED, NONE, Markers, final_answers, thinking
+from rpam_mergekit.evaluate.compare import QueryFigures
+from rpam_mergekit.grading.responses import (
+    CLOSED,
+    NONE,
+    Markers,
+    final_answers,
+    thinking,
+)
+from rpam_mergekit.models.checkpoint import digest
 
 MOST_NEW_TOKENS = 80
 BATCH = 64

@@ -1,0 +1,346 @@
+"""Calibration queries as token ids: one chat template, prompt and response spans.
+
+Every query gets the chat template that the merged model will be served with; a
+template per pattern would tell the optimisation the label. Batches hold queries of
+similar length and are padded on the right to their own longest, by a quarter at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rpam_mergekit.chat.thinking import ThinkingMode, thinking_of
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.calibration import CalibrationSet, draw_queries
+from rpam_mergekit.settings import RpamSettings
+
+PADDING = 0.25  # of a batch, at most
+
+
+@dataclass(frozen=True)
+class EncodedQuery:
+    """Token ids of one query: `prompt_tokens` of prompt, then the response.
+
+    opening: how many tokens of the response open its thinking; 0 if it answers at once.
+    closing: where in `ids` the closing tag of the thinking begins, if there is one.
+    ended: whether the response is whole, so that the end token would follow.
+    """
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    pattern: str
+    opening: int = 0
+    closing: int | None = None
+    ended: bool = False
+
+    @property
+    def responds(self) -> bool:
+        """Whether there is a response."""
+        return len(self.ids) > self.prompt_tokens
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """The positions from which the response's decisions are predicted.
+
+        Its first token, the closing of its thinking, and its end.
+        """
+        found = {self.prompt_tokens - 1}
+        if self.closing is not None:
+            found.add(self.closing - 1)
+        if self.ended:
+            found.add(len(self.ids) - 1)
+        return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries padded on the right to the longest of them.
+
+    input_ids, attention_mask: int64 (queries, tokens); the mask is 1 on real tokens.
+    deciding: bool (queries, tokens), the tokens from which the response is predicted:
+        the last of the prompt and those of the response.
+    decisions: bool (queries, tokens), see `EncodedQuery.decisions`.
+    patterns: one per query. queries: as they were encoded, in the order of the rows.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    deciding: torch.Tensor
+    decisions: torch.Tensor
+    queries: tuple[EncodedQuery, ...]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The pattern of every query."""
+        return tuple(query.pattern for query in self.queries)
+
+
+def encode_calibration(
+    calibration: CalibrationSet,
+    tokenizer,
+    vocabulary: int,
+    settings: RpamSettings,
+    thinking: ThinkingMode | None = None,
+) -> tuple[list[EncodedQuery], list[str]]:
+    """Return the drawn queries as token ids, and notes on what was left out or cut.
+
+    `vocabulary` is the number of rows of the embedding; `thinking` says who opens the
+    thinking, by default as the tokenizer's own template has it. Raises `RpamError` for
+    ids beyond the vocabulary, conversations that the chat template refuses, and a
+    pattern of which no query fits `max_tokens`.
+    """
+    notes = []
+    if getattr(tokenizer, "chat_template", None) is None:
+        notes.append(
+            "the tokenizer has no chat template: prompts are used as plain text"
+        )
+    if thinking is None:
+        template = getattr(tokenizer, "chat_template", None)
+        thinking = thinking_of(tokenizer, template, calibration.queries, settings)
+    prompts, findings = [], []
+    for query, line in zip(calibration.queries, calibration.lines, strict=True):
+        where = f"{calibration.path}:{line}"
+        problem = template_problem(query.conversation, tokenizer)
+        if problem is not None:
+            findings.append(f"{where}: {problem}")
+        ids = [] if problem else prompt_ids(query.conversation, tokenizer, thinking)
+        findings += _beyond(ids, tokenizer, vocabulary, where)
+        prompts.append(ids)
+    if findings:
+        raise RpamError(*findings[:20])
+    usable = [0 < len(ids) <= settings.max_tokens for ids in prompts]
+    if not all(usable):
+        notes.append(
+            f"{usable.count(False)} of {len(usable)} prompts are empty or longer than "
+            f"max_tokens ({settings.max_tokens}) and were left out"
+        )
+    for pattern in dict.fromkeys(q.pattern for q in calibration.queries):
+        kept = [
+            u
+            for u, q in zip(usable, calibration.queries, strict=True)
+            if q.pattern == pattern
+        ]
+        if not any(kept):
+            raise RpamError(
+                f"parameters.max_tokens: every '{pattern}' prompt of "
+                f"{calibration.path} is longer than {settings.max_tokens} tokens. "
+                "Raise it."
+            )
+        if sum(kept) < settings.queries_per_pattern:
+            notes.append(
+                f"{sum(kept)} usable '{pattern}' queries, fewer than "
+                f"queries_per_pattern ({settings.queries_per_pattern}): all are used"
+            )
+    encoded, cut = [], 0
+    for i in draw_queries(
+        calibration, usable, settings.queries_per_pattern, settings.seed
+    ):
+        query = calibration.queries[i]
+        ids = prompts[i]
+        response: list[int] = []
+        opening, closing = 0, None
+        if settings.tokens == "prompt+response" and query.response is not None:
+            text = thinking.response(query.response, query.pattern)
+            response = response_ids(text, tokenizer, thinking)
+            opening, closing = brackets(text, tokenizer, thinking)
+            where = f"{calibration.path}:{calibration.lines[i]}"
+            if beyond := _beyond(response, tokenizer, vocabulary, where):
+                raise RpamError(*beyond)
+        room = settings.max_tokens - len(ids)
+        cut += len(response) > room
+        encoded.append(
+            EncodedQuery(
+                (*ids, *response[:room]),
+                len(ids),
+                query.pattern,
+                opening=min(opening, max(room, 0)),
+                closing=len(ids) + closing
+                if closing is not None and closing < room
+                else None,
+                ended=0 < len(response) <= room,
+            )
+        )
+    if cut:
+        notes.append(
+            f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
+        )
+    if settings.tokens == "prompt+response":
+        without = sum(len(e.ids) == e.prompt_tokens for e in encoded)
+        if without:
+            notes.append(
+                f"{without} of {len(encoded)} queries have no response: only their "
+                "prompts are aligned"
+            )
+    return encoded, notes
+
+
+def make_batches(
+    queries: Sequence[EncodedQuery], settings: RpamSettings, pad_id: int = 0
+) -> list[Batch]:
+    """Return the queries in batches of similar length, longest last.
+
+    A batch has at most `settings.batch_tokens` tokens with its padding (but one query
+    at least), at most `settings.batch_size` queries, and fewer where more would be
+    mostly padding.
+    """
+    most_tokens = settings.batch_tokens or float("inf")
+    most_queries = settings.batch_size or float("inf")
+    batches: list[list[EncodedQuery]] = []
+    tokens = 0
+    for query in sorted(queries, key=lambda query: len(query.ids)):
+        longest = len(query.ids)
+        tokens += longest
+        if (
+            not batches
+            or len(batches[-1]) >= most_queries
+            or longest * (len(batches[-1]) + 1) > most_tokens
+            or tokens < (1 - PADDING) * longest * (len(batches[-1]) + 1)
+        ):
+            batches.append([])
+            tokens = longest
+        batches[-1].append(query)
+    return [_pad(batch, pad_id) for batch in batches]
+
+
+def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
+    longest = max(len(query.ids) for query in queries)
+    input_ids = torch.full((len(queries), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    deciding = torch.zeros_like(input_ids, dtype=torch.bool)
+    decisions = torch.zeros_like(deciding)
+    for row, query in enumerate(queries):
+        input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
+        attention_mask[row, : len(query.ids)] = 1
+        deciding[row, query.prompt_tokens - 1 : len(query.ids)] = True
+        decisions[row, list(query.decisions)] = True
+    return Batch(input_ids, attention_mask, deciding, decisions, tuple(queries))
+
+
+def template_problem(
+    conversation: Sequence[Mapping[str, Any]], tokenizer
+) -> str | None:
+    """Return what the chat template does wrong with a conversation, or None.
+
+    It may raise an error, or make the same prompt whatever the user says.
+    """
+    try:
+        text = prompt_text(conversation, tokenizer)
+        last = {**conversation[-1], "content": f"{conversation[-1]['content']} 0?"}
+        other = prompt_text([*conversation[:-1], last], tokenizer)
+    except Exception as error:
+        return f"the chat template refuses this query: {error}"
+    if text != other:
+        return None
+    role = conversation[-1]["role"]
+    return (
+        f"the chat template leaves the message of the role '{role}' out: the prompt is "
+        f"{text[-60:]!r}, whatever it says"
+    )
+
+
+def prompt_text(
+    conversation: Sequence[Mapping[str, str]], tokenizer, **rendering: Any
+) -> str:
+    """Return the prompt up to where the response begins, by the chat template.
+
+    Plain text, turns apart by an empty line, where the tokenizer has no template.
+    `rendering` are further variables of the template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n\n".join(turn["content"] for turn in conversation)
+    return tokenizer.apply_chat_template(
+        list(conversation), tokenize=False, add_generation_prompt=True, **rendering
+    )
+
+
+def prompt_ids(
+    conversation: Sequence[Mapping[str, str]],
+    tokenizer,
+    thinking: ThinkingMode | None = None,
+) -> list[int]:
+    """Return the token ids of `prompt_text`, up to where `thinking` lets it go.
+
+    A template writes its own special tokens; plain text gets the tokenizer's.
+    """
+    text = prompt_text(conversation, tokenizer)
+    if thinking is not None:
+        text = thinking.prompt(text)
+    plain = getattr(tokenizer, "chat_template", None) is None
+    return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
+
+
+def end_token(tokenizer) -> int | None:
+    """Return the token that ends an assistant turn, by the chat template.
+
+    Chat models often end a turn with another token than the tokenizer's end token
+    (Gemma's `<end_of_turn>`, Phi-3's `<|end|>`). The tokenizer's own, where it has no
+    template or the template writes no special token behind the turn.
+    """
+    usual = tokenizer.eos_token_id
+    if getattr(tokenizer, "chat_template", None) is None:
+        return usual
+    said = "42 is what was said"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise what they like
+        return usual
+    _, found, behind = text.rpartition(said)
+    ending = [
+        (len(token.content), number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if found and token.special and behind.lstrip().startswith(token.content)
+    ]
+    return max(ending)[1] if ending else usual
+
+
+def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
+    """Return the token ids of a response.
+
+    Its opening is encoded by itself, as it was when Long wrote what follows: a line
+    break at its end never was part of a longer token.
+    """
+    head = thinking.begins if thinking.takes_out else ""
+    if head != head.rstrip() and text.startswith(head):
+        parts = [head, text.removeprefix(head)]
+    else:
+        parts = [text]
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    return [token for ids in encoded for token in ids]
+
+
+def brackets(text: str, tokenizer, thinking: ThinkingMode) -> tuple[int, int | None]:
+    """Return how many of a response's tokens open its thinking, and where it closes.
+
+    0 where it does not begin by opening it; None where it closes nothing. A tokenizer
+    may join a bracket's first characters with what stands before them; then it is the
+    token behind.
+    """
+    if thinking.markers is None:
+        return 0, None
+    opened, closed = thinking.markers.open, thinking.markers.close
+    opening = 0
+    if text.lstrip().startswith(opened):
+        head = text.partition(opened)[0] + opened
+        opening = len(response_ids(head, tokenizer, thinking))
+    start = text.find(closed)
+    if start < 0:
+        return opening, None
+    whole = response_ids(text, tokenizer, thinking)
+    before = response_ids(text[:start], tokenizer, thinking)
+    return opening, min(len(before), len(whole) - 1)
+
+
+def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:
+    worst = max(ids, default=0)
+    if worst < vocabulary:
+        return []
+    token = tokenizer.convert_ids_to_tokens(worst)
+    return [
+        f"{where}: token id {worst} ({token!r}) is outside the model's vocabulary of "
+        f"{vocabulary}: the tokenizer does not belong to the base model."
+    ]

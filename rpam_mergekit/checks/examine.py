@@ -1,0 +1,297 @@
+"""What can be known of a config before anything is downloaded or computed.
+
+All findings are reported together. mergekit itself ignores unknown keys and finds
+mismatched models only when it writes, after the pre-pass would have run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration, ParameterSetting
+from mergekit.options import MergeOptions
+
+from rpam_mergekit.chat.thinking import LONG
+from rpam_mergekit.checks.config_file import check_keys
+from rpam_mergekit.checks.inputs import Inputs, merge_models, read_inputs
+from rpam_mergekit.checks.matching import (
+    Matched,
+    head_notes,
+    match_models,
+    range_findings,
+    taken_notes,
+)
+from rpam_mergekit.checks.replayable import replayable
+from rpam_mergekit.checks.templates import TemplateInUse, template_findings
+from rpam_mergekit.errors import RpamError, collect, first_line, refuse
+from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
+from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.formats.hub_path import local_path
+from rpam_mergekit.models.checkpoint import Layout, MergeModels
+from rpam_mergekit.models.references import notes
+from rpam_mergekit.models.tokenizers import tokenizer_findings
+from rpam_mergekit.processes import local_device
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
+
+NAME = "rpam"
+
+
+def weight_parameter() -> Any:
+    """Return the specification of `weight`, which a user may set per model.
+
+    Imports mergekit's merge methods, which must not be imported from the top of a
+    module that `method` needs: that import is what registers `method`.
+    """
+    from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+
+    return ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """A config that has passed the checks.
+
+    `calibration` is None where a coefficients file is to be used as it is.
+    `weight_settings` are the user's own `weight:` settings for every other model,
+    highest precedence first. `template` is the chat template in use.
+    """
+
+    settings: RpamSettings
+    models: MergeModels
+    calibration: CalibrationSet | None
+    weight_settings: tuple[tuple[Mapping[str, ParameterSetting] | None, ...], ...]
+    template: TemplateInUse = field(default_factory=TemplateInUse)
+
+    def fixed_weights(self, layout: Layout) -> dict[str, float]:
+        """Return the weights the user set, by entry, as mergekit resolves them."""
+        from mergekit.parameter_resolver import resolve_parameter
+
+        fixed, weight = {}, weight_parameter()
+        last = max(len(layout.layers) - 1, 1)
+        groups = [(0.0, layout.outside)]
+        groups += [(i / last, layer) for i, layer in enumerate(layout.layers)]
+        if len(layout.layers) == 1:
+            groups[1] = (1.0, layout.layers[0])
+        for number, settings in enumerate(self.weight_settings):
+            for t, infos in groups:
+                for info in infos:
+                    value = resolve_parameter(
+                        weight, settings, tensor_name=info.name, t=t
+                    )
+                    if value is not None:
+                        fixed[self.models.entry(number, info.name)] = value
+        return fixed
+
+
+@dataclass
+class Examined:
+    """What a config asks for, everything wrong with it, and what is worth a look.
+
+    `request` is None where findings keep it from being understood. `matched` is what
+    was read of the models.
+    """
+
+    request: MergeRequest | None = None
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matched: Matched = field(default_factory=Matched)
+
+
+def check_config(
+    config: MergeConfiguration, options: MergeOptions, source: str | None = None
+) -> MergeRequest:
+    """Return what `config` asks for; raise `RpamError` with everything wrong with it.
+
+    See `check_merge`.
+    """
+    request = check_merge(config, options, source).request
+    assert request is not None
+    return request
+
+
+def check_merge(
+    config: MergeConfiguration, options: MergeOptions, source: str | None = None
+) -> Examined:
+    """Return what is to be said of `config`; raise `RpamError` if anything is wrong.
+
+    `source` is the YAML text, in which keys are still visible that mergekit drops.
+    Models that lie on the Hub are checked as far as that goes without their weights.
+    """
+    findings = check_keys(yaml.safe_load(source)) if source else []
+    examined = examine(config, options)
+    findings += examined.findings
+    request, matched = examined.request, examined.matched
+    downloads = any(header.to_download for header in matched.headers.values())
+    if request is not None and downloads and not findings:
+        base = matched.configs[request.models.base]
+        collect(
+            findings,
+            partial(replayable, config, request.models, base, matched.headers, options),
+        )
+    refuse(findings)
+    return examined
+
+
+def examine(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    later: Collection[str] = (),
+) -> Examined:
+    """Return what can be said of a config; everything but its keys is looked at.
+
+    `later` are names that are no models yet, but other merges of the same file.
+    """
+    found = Examined()
+    inputs = read_inputs(config)
+    found.findings += inputs.findings
+    models = collect(found.findings, partial(merge_models, config, inputs))
+    settings, calibration = examine_parameters(
+        config.parameters or {}, models and models.patterns, found.findings
+    )
+    found.findings += _dtypes(config) + _device(options)
+    if models is not None:
+        _examine_models(config, models, inputs, options, later, found)
+    found.findings += template_findings(config, found.matched.tokenizers)
+    found.findings += tokenizer_findings(
+        config, found.matched.tokenizers, found.matched.configs
+    )
+    if settings is None or models is None:
+        return found
+    if settings.reasoning and models.patterns[0] != LONG:
+        found.findings.append(
+            f"parameters.reasoning: found {settings.reasoning}, but it moves the merge "
+            f"between its operating point and a base that thinks, and base_model has "
+            f"the pattern '{models.patterns[0]}'. Make the Long-CoT model the base."
+        )
+    own = {i.model: i.parameters for i in inputs.named}
+    weight_settings = tuple((own[m], config.parameters) for m in models.others)
+    template = _examine_template(config, models, settings, calibration, found)
+    found.request = MergeRequest(
+        settings, models, calibration, weight_settings, template
+    )
+    if settings.outside_weight or _sets_weights(found.request):
+        found.notes += head_notes(models, found.matched)
+    return found
+
+
+def examine_parameters(
+    parameters: Mapping[str, Any],
+    patterns: tuple[str, ...] | None,
+    findings: list[str],
+) -> tuple[RpamSettings | None, CalibrationSet | None]:
+    """Return the settings and the calibration set; what is wrong goes to `findings`."""
+    settings = collect(findings, partial(parse_settings, parameters))
+    path = parameters.get("calibration")
+    if isinstance(path, str):
+        read = partial(read_calibration, path, patterns)
+        return settings, collect(findings, read)
+    if settings is not None and settings.coefficients is None:
+        findings.append(
+            "parameters.calibration: missing. Name the pattern-labelled calibration "
+            "file (JSONL), or the coefficients file of an earlier run in "
+            "parameters.coefficients."
+        )
+    return settings, None
+
+
+def _examine_models(
+    config: MergeConfiguration,
+    models: MergeModels,
+    inputs: Inputs,
+    options: MergeOptions,
+    later: Collection[str],
+    found: Examined,
+) -> None:
+    names = [model for model in models.every if model.model.path in later]
+    found.notes += [
+        f"{model} is the output of another merge of this file: it cannot be compared "
+        "with the other models yet"
+        for model in names
+    ]
+    if models.base in names or set(models.others) <= set(names):
+        return
+    there = tuple(model for model in models.others if model not in names)
+    models = MergeModels(models.base, there, models.patterns)
+    encodes = "calibration" in (config.parameters or {})
+    matched = found.matched = match_models(models, options, encodes)
+    found.findings += matched.findings
+    found.notes += matched.notes
+    if models.base in matched.configs:
+        base = matched.configs[models.base]
+        found.findings += range_findings(inputs.layer_ranges, base)
+
+
+def _examine_template(
+    config: MergeConfiguration,
+    models: MergeModels,
+    settings: RpamSettings,
+    calibration: CalibrationSet | None,
+    found: Examined,
+) -> TemplateInUse:
+    tokenizers = found.matched.tokenizers
+    queries = calibration.queries if calibration else ()
+    solved = _as_solved(settings)
+    template = TemplateInUse.of(config, tokenizers, models.base, queries, solved)
+    found.findings += template.findings(queries, solved)
+    others = {m: t for m, t in tokenizers.items() if m != models.base}
+    found.notes += template.notes(queries, solved, others)
+    return template
+
+
+def _as_solved(settings: RpamSettings) -> RpamSettings:
+    """Return the settings, with those on thinking as coefficients were solved by.
+
+    A file that is used as it is knows by which prompts that was.
+    """
+    if settings.calibration is not None or settings.coefficients is None:
+        return settings
+    try:
+        path = local_path(settings.coefficients, "parameters.coefficients")
+        made_from = CoefficientsFile(path).metadata["fingerprint"]["settings"]
+    except (RpamError, OSError, KeyError):  # which is said elsewhere
+        return settings
+    known = {**BEFORE_THINKING, **made_from}
+    return settings.model_copy(update={name: known[name] for name in BEFORE_THINKING})
+
+
+def _sets_weights(request: MergeRequest) -> bool:
+    return any(
+        settings and "weight" in settings
+        for of_model in request.weight_settings
+        for settings in of_model
+    )
+
+
+def _dtypes(config: MergeConfiguration) -> list[str]:
+    findings = []
+    for key in ("dtype", "out_dtype"):
+        try:
+            dtype_from_name(getattr(config, key))
+        except RuntimeError as error:
+            findings.append(f"{key}: {error}. Known: bfloat16, float16, float32.")
+    return findings
+
+
+def _device(options: MergeOptions) -> list[str]:
+    try:
+        torch.empty(1, device=local_device(options.device or "cpu"))
+    except Exception as error:  # of many kinds, by device
+        return [
+            f"--device: found '{options.device}', which cannot be used: "
+            f"{first_line(error)}"
+        ]
+    return []
+
+
+def config_notes(models: MergeModels, options: MergeOptions) -> list[str]:
+    """Return what is worth a look though it may be merged, once models are loaded."""
+    trusted = options.trust_remote_code
+    configs = {model: model.config(trust_remote_code=trusted) for model in models.every}
+    found = [note for model in models.every for note in notes(model, options)]
+    return found + taken_notes(models, configs)

@@ -1,0 +1,159 @@
+"""One coefficients file: what it is made from, when it is reused, who may write it.
+
+The fingerprint in the file says what its coefficients were made from: the content of
+both models, the encoded calibration queries, and every setting that matters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from rpam_mergekit import __version__
+from rpam_mergekit.chat.prompts import EncodedQuery
+from rpam_mergekit.checks.examine import MergeRequest
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
+from rpam_mergekit.formats.solved_layers import Solution
+from rpam_mergekit.models.checkpoint import Layout, MergeModels, content_digests
+from rpam_mergekit.models.references import public_name
+
+# Raised whenever the same inputs would give other coefficients than before.
+ALGORITHM = 2
+Say = Callable[[str], None]
+
+
+def unfinished(path: Path) -> Path:
+    """Return the folder of what runs that did not end have solved for `path`."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def write_solution(
+    path: Path,
+    solution: Solution,
+    models: MergeModels,
+    layout: Layout,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Write the coefficients file of a run that has ended. Raises `RpamError`."""
+    metadata = {
+        "version": __version__,
+        "models": {
+            role: public_name(model)
+            for role, model in zip(models.roles, models.every, strict=True)
+        },
+        "fingerprint": fingerprint,
+        "layers": [dataclasses.asdict(report) for report in solution.layers],
+        "operating_point": solution.operating_point.record(),
+        "opens": solution.opens,
+        "unscaled": sorted(
+            {
+                *fingerprint["fixed"],
+                *(
+                    models.entry(number, info.name)
+                    for number in range(len(models.others))
+                    for info in layout.outside
+                ),
+            }
+        ),
+    }
+    try:
+        dtype = getattr(torch, fingerprint["settings"]["coefficient_dtype"])
+        write_coefficients(path, solution.entries, metadata, dtype)
+    except OSError as error:
+        raise RpamError(
+            f"{path} cannot be written: {error}. All layers are solved and safe in "
+            f"{unfinished(path)}. Make room, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def alone(path: Path, say: Say) -> Iterator[None]:
+    """Let one run at a time make the coefficients file at `path`; others wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"rpam: waiting for another run that makes {path}")
+            lock.acquire()
+    except OSError as error:
+        raise RpamError(
+            f"parameters.coefficients: {path} cannot be written: {error}. Name "
+            "another file."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fingerprint_of(
+    request: MergeRequest,
+    fixed: Mapping[str, float],
+    config: Any,
+    queries: Sequence[EncodedQuery],
+) -> dict[str, Any]:
+    """Return what the coefficients are made from, as JSON; reads all models."""
+    calibration, models = request.calibration, request.models
+    digests = content_digests(models.every)
+    encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
+    return {
+        "algorithm": ALGORITHM,
+        **dict(zip(models.roles, digests, strict=True)),
+        "patterns": list(models.patterns),
+        "calibration": calibration.digest if calibration else None,
+        "queries": hashlib.sha256(encoded).hexdigest(),
+        "settings": request.settings.problem(),
+        "fixed": dict(fixed),
+        "dtype": config.dtype,
+        "out_dtype": config.out_dtype,
+    }
+
+
+def reusable(
+    path: Path,
+    fingerprint: Mapping[str, Any],
+    request: MergeRequest,
+    layout: Layout,
+) -> bool:
+    """Tell whether a file was made from these inputs; refuse other models' files."""
+    file = CoefficientsFile(path)
+    made_from = file.metadata["fingerprint"]
+    models = request.models
+    if not set(models.roles) <= made_from.keys():
+        raise RpamError(
+            f"parameters.coefficients: {file.path} was made for the patterns "
+            f"{', '.join(made_from['patterns'])}, the config has "
+            f"{', '.join(models.patterns)} (base model first). Delete the file to make "
+            "it anew, or name another one."
+        )
+    for role, model in zip(models.roles, models.every, strict=True):
+        if made_from[role] != fingerprint[role]:
+            raise RpamError(
+                f"parameters.coefficients: {file.path} belongs to other models: its "
+                f"{role} model was {file.metadata['models'][role]}, whose content "
+                f"differs from {model}. Delete the file to make it anew, or name "
+                "another one."
+            )
+    if request.calibration is None:
+        infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
+        needed = {
+            models.entry(number, info.name)
+            for number in range(len(models.others))
+            for info in infos
+        }
+        lacking = sorted(needed - set(file.names))
+        if lacking:
+            raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
+        return True
+    return bool(made_from == fingerprint)

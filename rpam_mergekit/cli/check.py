@@ -1,0 +1,95 @@
+"""The command `mergekit-rpam check`: all that is wrong with a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from rpam_mergekit.checks.config_file import read_documents
+from rpam_mergekit.checks.examine import NAME
+from rpam_mergekit.checks.inspection import Inspection, inspect
+from rpam_mergekit.cli.summary import estimate_lines, summary_lines
+from rpam_mergekit.errors import RpamError, refuse
+from rpam_mergekit.models.references import reachable
+
+
+@click.command("check", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--no-estimate", is_flag=True, help="Measure no time, memory or disk.")
+@add_merge_options
+def check_command(
+    merge_options: MergeOptions, config_file: str, no_estimate: bool
+) -> None:
+    """Say all that is wrong with CONFIG_FILE, before a download or a merge.
+
+    Keys and values, calibration and coefficients file, and whether the models fit:
+    from configs, tokenizers and the headers of the weights, which are read from the
+    Hub without the weights. Then what the merge will take. Of a file of several
+    configs, as mergekit-multi has, every one of rpam is looked at.
+
+    Exit status 1 where the merge would fail.
+
+    \b
+      mergekit-rpam check rpam.yml
+      mergekit-rpam check rpam.yml --device cuda
+    """
+    merge_options.apply_global_options()
+    with reachable(merge_options):
+        inspections = _inspect_all(config_file, merge_options)
+        for inspection in inspections:
+            _tell(inspection, merge_options, not no_estimate)
+    refuse([f for one in inspections for f in _named(one, one.findings)])
+    click.echo("no problems found")
+
+
+def _inspect_all(config_file: str, options: MergeOptions) -> list[Inspection]:
+    documents = read_documents(config_file)
+    names = [document.name for document in documents]
+    several = len(documents) > 1
+    findings = [
+        f"name: {'no name' if name is None else repr(name)} is had by "
+        f"{names.count(name)} configs of this file. mergekit-multi needs another for "
+        "each; one may have none."
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    ours = documents
+    if several:
+        ours = [d for d in documents if d.content.get("merge_method") == NAME]
+        for document in documents:
+            if document not in ours:
+                click.echo(f"note: {_which(document.name)}: not of {NAME}, not checked")
+    if not ours:
+        raise RpamError(f"{config_file}: none of its configs is of {NAME}.")
+    others = {name for name in names if name is not None} if several else set()
+    found = [inspect(document, options, others) for document in ours]
+    found[0].findings[:0] = findings
+    return found
+
+
+def _which(name: str | None) -> str:
+    return "the config without a name" if name is None else f"config '{name}'"
+
+
+def _named(inspection: Inspection, lines: Sequence[str]) -> Iterator[str]:
+    """Yield lines with the name of the config that they are about, if it has one."""
+    name = inspection.document.name
+    for line in lines:
+        yield line if name is None else f"{name}: {line}"
+
+
+def _tell(inspection: Inspection, options: MergeOptions, estimates: bool) -> None:
+    """Print the notes on a config, and what it asks for if nothing is wrong."""
+    measured: list[str] = []
+    if estimates and not inspection.findings:
+        try:
+            measured = list(estimate_lines(inspection, options))
+        except RpamError as error:  # such as a disk that is too small
+            inspection.findings += error.findings
+    for note in _named(inspection, inspection.notes):
+        click.echo(f"note: {note}")
+    if not inspection.findings:
+        for line in (*summary_lines(inspection), *measured):
+            click.echo(line)

@@ -1,0 +1,144 @@
+"""The command `mergekit-rpam push`: a merge, published on the Hub."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rpam_mergekit.cli.sampling import interruptible
+from rpam_mergekit.errors import RpamError
+
+if TYPE_CHECKING:
+    from rpam_mergekit.outputs.publish import Plan, Request
+    from rpam_mergekit.outputs.repository import Target
+
+
+@click.command("push")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="REPO")
+@click.option("--upload", is_flag=True, help="Do it. Without, only say what would be.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Branch to publish on. [default: main]"
+)
+@click.option("--message", help="Message of the commit.")
+@click.option(
+    "--without-weights",
+    is_flag=True,
+    help="Publish only the recipe: rpam.yml, coefficients, record and card.",
+)
+@click.option(
+    "--coefficients",
+    metavar="FILE",
+    help="The merge's coefficients file. [default: the one in OUT, "
+    "or that in rpam.json]",
+)
+@click.option(
+    "--comparison",
+    type=click.Path(path_type=Path),
+    help="Tables for the card: the folder that 'compare' wrote, or its compare.md.",
+)
+@click.option(
+    "--model",
+    "named",
+    multiple=True,
+    metavar="LOCAL=NAME",
+    help="Hub name of a model that the config names by a local folder; repeatable.",
+)
+def push_command(repository: str, upload: bool, **options: Any) -> None:
+    """Publish the merge in folder OUT as the Hub model REPO (owner/name).
+
+    Shows every file that would go up and what would change in the model card; nothing
+    is sent without --upload. The model goes with its coefficients, its record and a
+    config by which others repeat the merge.
+
+    \b
+      mergekit-rpam push out/ owner/name --comparison report/
+      mergekit-rpam push out/ owner/name --comparison report/ --upload
+    """
+    interruptible(Path(repository), _push, repository, upload, options)
+
+
+def _push(repository: str, upload: bool, o: dict[str, Any]) -> None:
+    from rpam_mergekit.outputs import publish as push
+    from rpam_mergekit.outputs import repository as push_hub
+
+    request = push.Request(
+        out=o["out"],
+        repository=_checked(repository),
+        revision=o["revision"],
+        weights=not o["without_weights"],
+        coefficients=o["coefficients"],
+        comparison=o["comparison"],
+        named=_named(o["named"]),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = push.make_plan(request, Path(scratch))
+        target = push_hub.look(request, plan, o["private"])
+        click.echo("\n".join(_shown(request, plan, target)))
+        if not upload:
+            for objection in target.objections:
+                click.echo(f"--upload would be refused: {objection}")
+            click.echo("nothing was sent; --upload does it")
+            return
+        push_hub.refuse_objections(target)
+        message = o["message"] or f"Merge by rpam-mergekit: {len(plan.files)} files"
+        address = push_hub.upload(request, plan, o["private"], message)
+        click.echo(f"published: {address}")
+
+
+def _checked(repository: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        if repository.count("/") == 1:
+            return repository
+    except HFValidationError:
+        pass
+    raise RpamError(f"REPO: found '{repository}', expected owner/name.")
+
+
+def _named(given: tuple[str, ...]) -> dict[str, str]:
+    """Return the options LOCAL=NAME as a mapping."""
+    pairs = [one.rpartition("=") for one in given]
+    for local, _, name in pairs:
+        if not local or not name:
+            raise RpamError(
+                f"--model: found '{local}{name}', expected LOCAL=owner/name."
+            )
+    return {local: name for local, _, name in pairs}
+
+
+def _shown(request: Request, plan: Plan, target: Target) -> list[str]:
+    """Return what is published, and where, as lines."""
+    from huggingface_hub import constants
+
+    from rpam_mergekit.prepass.memory import readable
+
+    state = {True: "private" if target.private else "public", False: "new", None: "?"}
+    sizes = {name: readable(path.stat().st_size) for name, path in plan.files.items()}
+    sizes["total"] = readable(plan.size)
+    branch = request.revision or constants.DEFAULT_REVISION
+    where = f"{constants.ENDPOINT}/{request.repository} ({state[target.exists]})"
+    lines = [
+        f"to {where}, branch {branch}:",
+        *(f"  {size:>10}  {name}" for name, size in sizes.items()),
+    ]
+    if plan.left_out:
+        lines.append("left out:")
+        lines += [f"  {name}: {reason}" for name, reason in plan.left_out.items()]
+    before, after = (text.splitlines() for text in plan.card)
+    changes = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
+    lines += ["README.md changes:" if changes else "README.md stays as it is"]
+    lines += [f"  {line}" for line in changes]
+    return [*lines, *(f"note: {note}" for note in [*target.notes, *plan.notes])]
+
+
+if __name__ == "__main__":
+    push_command()

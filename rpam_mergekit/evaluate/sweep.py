@@ -1,0 +1,212 @@
+"""The interpolation sweep: plain mixes of the two experts, merged by mergekit.
+
+Each weight is merged into a folder of its own, sampled by `mergekit-rpam sample` in a
+process of its own, and deleted again unless it is kept. What is finished is not done
+again: a sweep that was stopped goes on with the weight at which it stopped. Its models,
+queries and settings stand in `sweep.json`; others are refused, never mixed in. Where
+the merge takes the opening of the thinking out of the chat template, so does the sweep:
+its models are asked as the merged one is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.samples import SampleReader, flat
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
+
+MOST_WEIGHTS = 1001
+
+
+def parse_weights(text: str) -> list[Decimal]:
+    """Return the weights that ``0:1:0.05`` or ``0.3,0.35,0.4`` name, exactly.
+
+    A weight is the share of the model that is not the base. Raises `RpamError` for
+    anything else.
+    """
+    try:
+        if ":" in text:
+            first, last, step = (Decimal(part) for part in text.split(":"))
+            if step <= 0 or last < first or (last - first) / step >= MOST_WEIGHTS:
+                raise ValueError
+            count = int((last - first) / step)
+            weights = [first + n * step for n in range(count + 1)]
+        else:
+            weights = sorted({Decimal(part) for part in text.split(",")})
+    except (ValueError, InvalidOperation):
+        raise RpamError(
+            f"--weights: found '{text}', expected FIRST:LAST:STEP, such as 0:1:0.05, "
+            "or a list, such as 0.3,0.35,0.4."
+        ) from None
+    if not all(weight.is_finite() for weight in weights):
+        raise RpamError(f"--weights: found '{text}', expected finite numbers.")
+    return weights
+
+
+def interpolation(config: dict[str, Any], weight: Decimal) -> dict[str, Any]:
+    """Return the mergekit config of one plain interpolation.
+
+    `config` is one of `rpam`: base + weight * (other - base) of its two models, with
+    its dtypes. Raises `RpamError` if it does not name them.
+    """
+    base = config.get("base_model")
+    others = [
+        entry["model"]
+        for entry in config.get("models") or ()
+        if isinstance(entry, dict) and entry.get("model") not in (None, base)
+    ]
+    if base is None or len(others) != 1:
+        raise RpamError(
+            "CONFIG: expected base_model and one other model under models, as in a "
+            "config of rpam."
+        )
+    kept = ("dtype", "out_dtype", "tokenizer", "chat_template")
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "models": [{"model": others[0], "parameters": {"weight": float(weight)}}],
+        **{name: config[name] for name in kept if name in config},
+    }
+
+
+def run_sweep(
+    config: Path,
+    weights: Sequence[Decimal],
+    out: Path,
+    keep: bool,
+    sample: list[str],
+    sampled_as: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    """Merge and sample every weight into `out`; `sample` are options of `sample`.
+
+    sampled_as: returns what tells samples by these options from others', and refuses
+    options that cannot be.
+    """
+    try:
+        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RpamError(f"CONFIG: cannot read {config}: {error}") from None
+    if not isinstance(recipe, dict):
+        raise RpamError(f"CONFIG: {config} is no mergekit config.")
+    recipes = {weight: interpolation(recipe, weight) for weight in weights}
+    thinking = thinking_settings(recipe)
+    identity = {**_models(recipe), **sampled_as(sample)}
+    if thinking != parse_settings({}):
+        identity["thinking"] = thinking.model_dump(include={*BEFORE_THINKING})
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out / "sweep.json", identity)
+    for number, (weight, one) in enumerate(recipes.items(), 1):
+        name = f"w{weight.normalize():f}"
+        samples = out / f"{name}.samples.jsonl"
+        click.echo(f"weight {weight} ({number} of {len(recipes)})", err=True)
+        if samples.exists() and _is_finished(samples):
+            click.echo(f"{samples} is finished", err=True)
+            continue
+        model = out / name
+        if not model.exists():
+            _merge(one, model, out / "adapters", thinking)
+        _run([*_command("sample"), str(model), "--out", str(samples), *sample])
+        if not keep:
+            shutil.rmtree(model)
+    click.echo(f"{len(recipes)} sample files in {out}")
+
+
+def _models(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells this sweep's models from others'."""
+    from rpam_mergekit.sampling.local import local_digest
+
+    plain = interpolation(recipe, Decimal(0))
+    base, other = plain["base_model"], plain.pop("models")[0]["model"]
+    digests = {str(model): local_digest(str(model)) for model in (base, other)}
+    return {"merge": plain, "other_model": other, "weights_digests": digests}
+
+
+def _claim(path: Path, identity: dict[str, Any]) -> None:
+    """Write `identity`, or raise `RpamError` if the folder's sweep has another."""
+    content = json.dumps(identity, indent=1, default=str) + "\n"
+    if not path.exists():
+        path.write_text(content, encoding="utf-8")
+    found = path.read_text(encoding="utf-8")
+    if found != content:
+        old, new = (flat(json.loads(text)) for text in (found, content))
+        raise RpamError(
+            *(
+                f"{path}: {key}: this sweep was made with {old.get(key)!r}, now it is "
+                f"{new.get(key)!r}."
+                for key in dict.fromkeys([*old, *new])
+                if old.get(key) != new.get(key)
+            ),
+            "Sweeps are not mixed: name another folder with --out.",
+        )
+
+
+def _is_finished(samples: Path) -> bool:
+    reader = SampleReader(samples)
+    for _ in reader:
+        pass
+    return reader.finished
+
+
+def thinking_settings(config: dict[str, Any]) -> RpamSettings:
+    """Return what a config of `rpam` says of who opens the thinking."""
+    given = config.get("parameters") or {}
+    return parse_settings({n: given[n] for n in BEFORE_THINKING if n in given})
+
+
+def _without_opening(model: Path, settings: RpamSettings) -> None:
+    """Let a model decide whether it thinks, where the merged model is to."""
+    from rpam_mergekit.chat.template_files import take_out, tokenizer_in
+    from rpam_mergekit.chat.thinking import thinking_of
+
+    tokenizer = tokenizer_in(model)
+    if tokenizer is not None:
+        take_out(model, thinking_of(tokenizer, tokenizer.chat_template, (), settings))
+
+
+def _merge(
+    recipe: dict[str, Any], model: Path, adapters: Path, thinking: RpamSettings
+) -> None:
+    """Merge into `model`, which is there only when it is whole.
+
+    `adapters` is where mergekit keeps models with a LoRA adapter merged into them.
+    """
+    partial = model.with_name(f".{model.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    path = partial / "sweep.yml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    names = (recipe["base_model"], recipe["models"][0]["model"])
+    cache = ["--lora-merge-cache", str(adapters)] if any(map(_adapted, names)) else []
+    _run([*_command("merge"), str(path), str(partial), *cache])
+    _without_opening(partial, thinking)
+    partial.rename(model)
+
+
+def _adapted(model: Any) -> bool:
+    from rpam_mergekit.sampling.local import reference_of
+
+    return reference_of(str(model)).lora is not None
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "rpam_mergekit.cli", name]
+
+
+def _run(command: list[str]) -> None:
+    process = subprocess.run(command, check=False)
+    if process.returncode:
+        raise RpamError(
+            f"the sweep stopped (exit status {process.returncode}) at: "
+            f"{' '.join(command[2:])}. Run the same command to go on."
+        )

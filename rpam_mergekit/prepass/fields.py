@@ -1,0 +1,117 @@
+"""The coefficients of one decoder layer while they are solved, by granularity.
+
+A granularity says what shares one coefficient: the layer, a module, a tensor, a row, an
+element; or `low_rank`, a field of rows, columns and a product of low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rpam_mergekit.formats.coefficients import coefficient, in_file
+
+
+class LayerCoefficients:
+    """The coefficients of one decoder layer, as leaves that a solver can move.
+
+    `shapes` maps each of the layer's weights to its shape; the names are relative to
+    the layer. `fixed` weights keep the number the user set. All start at `initial`.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        granularity: str,
+        rank: int = 0,
+        initial: float = 0.5,
+        fixed: Mapping[str, float] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.initial = initial
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        shared: dict[str, torch.Tensor] = {}
+        self.leaves: list[torch.Tensor] = []
+
+        def leaf(value: torch.Tensor) -> torch.Tensor:
+            # Drawn on the CPU, so that every device starts from the same numbers.
+            value = value.to(device=device, dtype=dtype).requires_grad_()
+            self.leaves.append(value)
+            return value
+
+        for name, shape in shapes.items():
+            if fixed is not None and name in fixed:
+                number = torch.tensor(fixed[name], dtype=dtype, device=device)
+                self.parts[name] = {"scalar": number}
+            elif granularity in ("layer", "module", "tensor"):
+                group = _group(name, granularity)
+                if group not in shared:
+                    shared[group] = leaf(torch.tensor(initial))
+                self.parts[name] = {"scalar": shared[group]}
+            elif granularity == "element" or len(shape) < 2:
+                self.parts[name] = {"element": leaf(torch.full(shape, initial))}
+            elif granularity == "row":
+                self.parts[name] = {"row": leaf(torch.full(shape[:-1], initial))}
+            else:
+                *experts, rows, columns = shape
+                field = {
+                    "row": leaf(torch.full((*experts, rows), initial)),
+                    "column": leaf(torch.zeros(*experts, columns)),
+                }
+                if rank:
+                    noise = torch.randn(*experts, rows, rank, generator=generator)
+                    field["left"] = leaf(0.01 * noise)
+                    field["right"] = leaf(torch.zeros(*experts, rank, columns))
+                self.parts[name] = field
+
+    def coefficient(self, name: str) -> torch.Tensor:
+        """Return the coefficient of one weight, broadcastable to it."""
+        return coefficient(self.parts[name])
+
+    def penalty(self) -> torch.Tensor:
+        """Return the mean over weights of the mean squared departure from `initial`."""
+        departures = [
+            (coefficient(parts) - self.initial).square().mean()
+            for parts in self.parts.values()
+            if any(value.requires_grad for value in parts.values())
+        ]
+        return torch.stack(departures).mean()
+
+    def solved(
+        self, dtype: torch.dtype = torch.float32
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Return every weight's parts, detached, rounded to the file's `dtype`.
+
+        In float32, as they are read from it.
+        """
+        return {
+            name: {
+                part: in_file(value.detach().float(), dtype).float()
+                for part, value in parts.items()
+            }
+            for name, parts in self.parts.items()
+        }
+
+
+def count_numbers(shape: torch.Size, granularity: str, rank: int) -> int:
+    """Return how many numbers the file has for a weight of `shape`."""
+    if granularity in ("layer", "module", "tensor"):
+        return 1
+    if granularity == "element" or len(shape) < 2:
+        return shape.numel()
+    rows = shape[:-1].numel()
+    if granularity == "row":
+        return rows
+    experts = shape[:-2].numel()
+    return (rows + experts * shape[-1]) * (1 + rank)
+
+
+def _group(name: str, granularity: str) -> str:
+    """Return what shares a scalar with `name`: its layer, its module, or nothing."""
+    if granularity == "layer":
+        return ""
+    return name.split(".")[0] if granularity == "module" else name

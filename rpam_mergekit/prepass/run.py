@@ -1,0 +1,459 @@
+"""The pre-pass: merging coefficients, decoder layer by decoder layer (paper section 3).
+
+1. Record, once, how the model's own code calls every layer on every batch.
+2. Run streams of hidden states side by side: each expert on its own outputs, and the
+   merged model on its own.
+3. For each layer: load its weights from all checkpoints, compute the experts' outputs
+   once, minimise the objective over the coefficients, and send the merged stream
+   through the merged weights exactly as they will be written.
+
+Knows nothing of mergekit's planner. One decoder layer's weights are in memory at a
+time, of all models; the calibration set's activations lie where the shelf is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from rpam_mergekit.chat.prompts import Batch, make_batches
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.coefficients import (
+    add_task_vectors,
+    coefficient,
+)
+from rpam_mergekit.formats.operating_point import OperatingPoint
+from rpam_mergekit.formats.solved_layers import (
+    OUTSIDE,
+    Entries,
+    LayerReport,
+    LayerSolution,
+    Solution,
+)
+from rpam_mergekit.prepass import solver
+from rpam_mergekit.prepass.fields import LayerCoefficients
+from rpam_mergekit.prepass.measures import (
+    divergence,
+    expert_distance,
+    gap,
+    heaviest_token,
+    objective,
+    weigh_layer,
+)
+from rpam_mergekit.prepass.memory import knobs
+from rpam_mergekit.prepass.objective import opening_loss
+from rpam_mergekit.processes import Processes
+from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.layer_weights import Merging, Weights, float32
+from rpam_mergekit.replay.recording import Recorder, merged_outside
+from rpam_mergekit.replay.streams import Stream
+from rpam_mergekit.routing.opening import opening_probability, opening_queries
+from rpam_mergekit.routing.probes import Measurement, Probes, opening_token
+from rpam_mergekit.settings import RpamSettings
+
+if TYPE_CHECKING:
+    from rpam_mergekit.models.weights import ExpertWeights
+
+
+class PrePass:
+    """One run of the pre-pass; `streams` holds the hidden states when it has ended."""
+
+    def __init__(
+        self,
+        experts: ExpertWeights,
+        batches: Sequence[Batch],
+        settings: RpamSettings,
+        *,
+        fixed: Mapping[str, float] | None = None,
+        shelf: Shelf | None = None,
+        processes: Processes | None = None,
+        quiet: bool = False,
+        held_out: Sequence[Batch] = (),
+        of_solved: Sequence[Batch] = (),
+        end: int | None = None,
+    ) -> None:
+        """`fixed` maps entries to weights that the user has set.
+
+        `shelf` is where activations lie, by default the device. `held_out` and
+        `of_solved` are measured, the latter being some of `batches`' queries; `end` is
+        the end token of their responses.
+        """
+        self.experts = experts
+        self.models = experts.models
+        self.layout = experts.layout
+        self.decoder = experts.decoder
+        self.batches = batches
+        self.settings = settings
+        self.fixed = dict(fixed or {})
+        self.shelf = shelf or Shelf(device=experts.decoder.device)
+        self.processes = processes or Processes()
+        self.quiet = quiet or self.processes.rank > 0
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.streams: list[Stream] = []
+        self.measured = {"held_out": list(held_out), "solved": list(of_solved)}
+        self.probes = Probes([], [])
+        self.end = end
+
+    def run(self, solved: MutableMapping[int, LayerSolution] | None = None) -> Solution:
+        """Return the solved coefficients of every tensor of the layout.
+
+        Every layer is put into `solved` before the next begins; those that are in it
+        already, of a run on the same inputs, are not solved again. Raises `RpamError`
+        if a layer's objective stops being a finite number, and where memory ends.
+        """
+        solution = Solution({} if solved is None else solved, len(self.layout.layers))
+        with knobs(self.settings, self.shelf):
+            self._run(solution)
+            return replace(solution, operating_point=self._operating_point())
+
+    def _run(self, solution: Solution) -> None:
+        done = self.processes.tell(set(solution.solved))
+        recorder = self._recorder(self.batches)
+        chosen = self._most_divergent(recorder)
+        self.streams = self._entered(recorder)
+        probes = [batch for batches in self.measured.values() for batch in batches]
+        if probes:
+            streams = self._recorder(probes).streams(self._outside())
+            self.probes = Probes(streams, probes)
+        solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
+        solves = self.settings.steps_of(len(self.batches))
+        with tqdm(
+            total=solution.count * solves,
+            desc="rpam pre-pass",
+            unit="step",
+            disable=self.quiet,
+        ) as progress:
+            for index in range(solution.count):
+                progress.set_postfix(layer=f"{index + 1}/{solution.count}")
+                if index in done:
+                    self._repeat(index, solution.solved[index])
+                    if not progress.disable:  # the rate is that of this run
+                        progress.initial += solves
+                else:
+                    entries, report = self._solve_layer(
+                        index, index in chosen, progress
+                    )
+                    solution.solved[index] = LayerSolution(entries, report, self._state)
+                progress.n = (index + 1) * solves  # L-BFGS may need fewer
+                progress.refresh()
+
+    @property
+    def _state(self) -> bytes:
+        """The state of the random generator."""
+        return self.generator.get_state().numpy().tobytes()
+
+    def _head(self, expert: int | None) -> Weights:
+        """Return the weights outside the layers of an expert; None: of the merge."""
+        if expert is None:
+            return merged_outside(self.experts, self._outside(), entering=False)
+        return float32(self.experts.outside(expert))
+
+    def _outside(self) -> Entries:
+        """Return the coefficients of what is outside the layers."""
+        weight = self.settings.outside_weight / len(self.models.others)
+        names = [
+            self.models.entry(number, info.name)
+            for number in range(len(self.models.others))
+            for info in self.layout.outside
+        ]
+        return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
+
+    def _entered(self, recorder: Recorder) -> list[Stream]:
+        return recorder.streams(self._outside())
+
+    def _recorder(self, batches: Sequence[Batch]) -> Recorder:
+        return Recorder(
+            self.decoder,
+            self.experts,
+            batches,
+            self.settings,
+            self.shelf,
+            self.processes,
+        )
+
+    def _most_divergent(self, recorder: Recorder) -> set[int]:
+        """Return the layers to optimise: the share in which the experts differ most.
+
+        Sends the experts through all layers once, unless all are to be optimised.
+        """
+        count = len(self.layout.layers)
+        most = max(1, round(self.settings.layers * count))
+        if most == count:
+            return set(range(count))
+        self.streams = self._entered(recorder)
+        divergences = []
+        for index in tqdm(range(count), desc="divergence", disable=self.quiet):
+            _, experts = self.experts.layer(index)
+            self.run_experts(index, experts)
+            divergences.append(divergence(self.streams, self.processes))
+        order = sorted(range(count), key=lambda index: -divergences[index])
+        return set(order[:most])
+
+    def _repeat(self, index: int, solution: LayerSolution) -> None:
+        """Send the streams through a layer that has been solved before."""
+        relative, experts = self.experts.layer(index)
+        self.run_experts(index, experts)
+        weights = self.experts.merging(experts)
+        solved = self.by_model(solution.entries, relative)
+        for stream, hidden in self._advanced(index, weights, solved):
+            stream.merged = hidden
+        self._advance_probes(index, weights, solved, relative)
+        state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
+        self.generator.set_state(state)
+
+    def _solve_layer(
+        self, index: int, optimised: bool, progress: tqdm
+    ) -> tuple[Entries, LayerReport]:
+        relative, experts = self.experts.layer(index)
+        self.run_experts(index, experts)
+        weights = self.experts.merging(experts)
+        coefficients = [
+            self._initial(number, weights, relative)
+            for number in range(len(self.models.others))
+        ]
+        before = [c.solved(self._file_dtype) for c in coefficients]
+        gap_before = self.layer_gap(index, weights, before)
+        if optimised and any(c.leaves for c in coefficients):
+            self._minimise(index, weights, coefficients, progress)
+        solved = [c.solved(self._file_dtype) for c in coefficients]
+        gap_after = self.layer_gap(index, weights, solved, advance=True)
+        if not math.isfinite(gap_after):
+            raise RpamError(
+                f"layer {index}: the merged weights give hidden states that are not "
+                "finite numbers. Lower parameters.learning_rate (now "
+                f"{self.settings.learning_rate}) or use coefficient_dtype: float32."
+            )
+        self._advance_probes(index, weights, solved, relative)
+        mean = torch.stack(
+            [coefficient(parts).mean() for of in solved for parts in of.values()]
+        )
+        report = LayerReport(
+            index,
+            gap_before,
+            gap_after,
+            float(mean.mean()),
+            divergence(self.streams, self.processes),
+            optimised,
+            heaviest_token(self.streams, self.processes),
+        )
+        entries = {
+            self.models.entry(number, name): of[within]
+            for number, of in enumerate(solved)
+            for name, within in relative.items()
+            if within in of
+        }
+        return entries, report
+
+    def _initial(
+        self, number: int, weights: Merging, relative: Mapping[str, str]
+    ) -> LayerCoefficients:
+        """Return the coefficients of one other model's weights, not yet solved."""
+        entries = {self.models.entry(number, n): name for n, name in relative.items()}
+        return LayerCoefficients(
+            {name: vectors[number].shape for name, vectors in weights.vectors.items()},
+            granularity=self.settings.granularity,
+            rank=self.settings.rank,
+            initial=self.settings.initial_weight / len(self.models.others),
+            fixed={entries[n]: c for n, c in self.fixed.items() if n in entries},
+            dtype=self._solving_dtype,
+            device=self.decoder.device,
+            generator=self.generator,
+        )
+
+    def by_model(
+        self, entries: Entries, relative: Mapping[str, str]
+    ) -> list[dict[str, Weights]]:
+        """Return a layer's entries by other model and by name within the layer."""
+        return [
+            {
+                within: entries[name]
+                for name, within in (
+                    (self.models.entry(number, n), w) for n, w in relative.items()
+                )
+                if name in entries
+            }
+            for number in range(len(self.models.others))
+        ]
+
+    @property
+    def _file_dtype(self) -> torch.dtype:
+        return getattr(torch, self.settings.coefficient_dtype)
+
+    @property
+    def _solving_dtype(self) -> torch.dtype:
+        lbfgs = self.settings.solver == "lbfgs"
+        has_float64 = self.decoder.device.type != "mps"
+        return torch.float64 if lbfgs and has_float64 else torch.float32
+
+    @torch.no_grad()
+    def run_experts(self, index: int, experts: Sequence[Weights]) -> None:
+        """Send the experts' streams through a layer, one expert after the other."""
+        for number, weights in enumerate(experts):
+            weights = float32(weights)
+            for stream in (*self.streams, *self.probes.streams):
+                stream.experts[number] = self.decoder.replay(
+                    index, weights, stream.experts[number], stream.calls[index]
+                )
+        weigh_layer(self.streams, self.settings.token_scale, self.processes)
+
+    def _advance_probes(
+        self,
+        index: int,
+        weights: Merging,
+        solved: Sequence[Mapping[str, Weights]],
+        relative: Mapping[str, str],
+    ) -> None:
+        """Send the probes through a solved layer, at every scale."""
+        fixed = [
+            frozenset(
+                within
+                for name, within in relative.items()
+                if self.models.entry(number, name) in self.fixed
+            )
+            for number in range(len(solved))
+        ]
+        self.probes.advance(self.decoder, index, weights, solved, fixed)
+
+    def _operating_point(self) -> OperatingPoint:
+        """Return the scale of the coefficients, and how the merge routes there."""
+        if not self.probes.streams:
+            return OperatingPoint()
+        measurement = Measurement(
+            self.decoder, self.probes, self._head, self.end, self.processes
+        )
+        return measurement.operating_point(len(self.measured["held_out"]))
+
+    @torch.no_grad()
+    def _advanced(
+        self, index: int, weights: Merging, solved: Sequence[Mapping[str, Weights]]
+    ) -> Iterator[tuple[Stream, torch.Tensor]]:
+        """Yield the merged streams after this layer, with the weights as written."""
+        written = weights.written(solved)
+        for stream in self.streams:
+            call = stream.calls[index]
+            yield stream, self.decoder.replay(index, written, stream.merged, call)
+
+    def layer_gap(
+        self,
+        index: int,
+        weights: Merging,
+        solved: Sequence[Mapping[str, Weights]],
+        advance: bool = False,
+    ) -> float:
+        """Return the gap that a layer's coefficients leave; `advance` the streams."""
+
+        def merged() -> Iterator[torch.Tensor]:
+            for stream, hidden in self._advanced(index, weights, solved):
+                if advance:
+                    stream.merged = hidden
+                yield hidden
+
+        return gap(self.streams, merged(), self.processes)
+
+    def _minimise(
+        self,
+        index: int,
+        weights: Merging,
+        coefficients: Sequence[LayerCoefficients],
+        progress: tqdm,
+    ) -> None:
+        dtype = self._solving_dtype
+        scale = expert_distance(self.streams, self.processes)
+        origin = {n: self._cast(value) for n, value in weights.base.items()}
+        vectors = {n: [self._cast(v) for v in of] for n, of in weights.vectors.items()}
+
+        opening = self._opening_of(index)
+
+        def batch_loss(number: int) -> torch.Tensor:
+            stream = self.streams[number]
+            merged = origin | {
+                name: add_task_vectors(
+                    origin[name],
+                    zip((c.coefficient(name) for c in coefficients), of, strict=True),
+                )
+                for name, of in vectors.items()
+            }
+            call = stream.calls[index]
+            if dtype != torch.float32:
+                call = call.to(dtype)
+            hidden = self.decoder.replay(index, merged, stream.merged.to(dtype), call)
+            loss = objective(
+                stream, hidden, scale, len(self.streams), self.settings, self.processes
+            )
+            if opening is not None:
+                loss = loss + self._opening_term(stream, hidden, *opening)
+            if self.settings.regularization:
+                penalties = torch.stack([c.penalty() for c in coefficients])
+                penalty = penalties.mean() / self.processes.count
+                loss = loss + self.settings.regularization * penalty
+            return loss
+
+        arguments: dict[str, Any] = {
+            "steps": self.settings.steps_of(len(self.streams)),
+            "step": progress.update,
+            "total": self.processes.sum,
+        }
+        count = len(self.streams)
+        leaves = [leaf for c in coefficients for leaf in c.leaves]
+        try:
+            if self.settings.solver == "lbfgs":
+                solver.lbfgs(batch_loss, count, leaves, **arguments)
+            else:
+                solver.adam(
+                    batch_loss,
+                    count,
+                    leaves,
+                    learning_rate=self.settings.learning_rate,
+                    generator=self.generator,
+                    tolerance=self.settings.tolerance,
+                    **arguments,
+                )
+        except solver.Diverged as error:
+            raise RpamError(
+                f"layer {index}: {error}. Lower parameters.learning_rate (now "
+                f"{self.settings.learning_rate})."
+            ) from None
+
+    def _opening_of(self, index: int) -> tuple[int, Weights] | None:
+        """Return the opening's token and the head, where its term belongs; else None.
+
+        Only the last layer's output is what final norm and head are made for.
+        """
+        if not self.settings.opening_weight or index + 1 < len(self.layout.layers):
+            return None
+        token = opening_token([q for batch in self.batches for q in batch.queries])
+        return None if token is None else (token, self._head(None))
+
+    def _opening_term(
+        self, stream: Stream, hidden: torch.Tensor, token: int, head: Weights
+    ) -> torch.Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits = self.decoder.logits(head, hidden[rows, stream.prompt_ends].float())
+        of_query = opening_loss(logits, token, stream.opens)
+        weighed = (of_query * stream.shares.sum(dim=1)).sum() * len(self.streams)
+        return self.settings.opening_weight * weighed
+
+    def opening_probability(self) -> float | None:
+        """Return how likely the model that thinks opens its thinking by itself.
+
+        See `opening`; None where no response opens it, or no pattern is `long`.
+        """
+        queries = [query for batch in self.batches for query in batch.queries]
+        thinking = opening_queries(queries, self.settings.seed)
+        if not thinking or "long" not in self.models.patterns:
+            return None
+        return opening_probability(
+            self.experts,
+            self.models.patterns.index("long"),
+            make_batches(thinking, self.settings),
+            self.quiet,
+        )
+
+    def _cast(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype of the solver; whole numbers as they are."""
+        return value.to(self._solving_dtype) if value.is_floating_point() else value

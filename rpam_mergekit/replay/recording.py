@@ -1,0 +1,131 @@
+"""The calibration set enters the decoder: every batch recorded, its streams begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from rpam_mergekit.chat.prompts import Batch
+from rpam_mergekit.formats.solved_layers import Entries
+from rpam_mergekit.processes import Processes
+from rpam_mergekit.replay.activations import PlacedCalls, Shelf
+from rpam_mergekit.replay.calls import Call
+from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.replay.layer_weights import Weights, float32
+from rpam_mergekit.replay.streams import Stream
+from rpam_mergekit.replay.token_weights import weigh_tokens
+from rpam_mergekit.settings import RpamSettings
+
+if TYPE_CHECKING:
+    from rpam_mergekit.models.weights import ExpertWeights
+
+
+class Recorder:
+    """Records the batches; every query's pattern names one of the models.
+
+    Of several processes each records its own share of every batch's queries.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        experts: ExpertWeights,
+        batches: Sequence[Batch],
+        settings: RpamSettings,
+        shelf: Shelf,
+        processes: Processes,
+    ) -> None:
+        self.decoder = decoder
+        self.experts = experts
+        self.batches = batches
+        self.weighed = weigh_tokens(batches, settings)
+        self.shelf = shelf
+        self.processes = processes
+
+    def streams(self, entries: Entries) -> list[Stream]:
+        """Return the streams where they enter the first layer.
+
+        `entries` are the coefficients of the weights outside the layers. One model's
+        embeddings are in memory at a time; for the merged one's, a tensor of each.
+        """
+        streams: list[Stream] = []
+        count = len(self.experts.models.every)
+        for expert in range(count):
+            weights = float32(self.experts.entering(expert))
+            for number, (hidden, calls) in enumerate(self._recorded(weights)):
+                if expert == 0:
+                    placed = PlacedCalls(calls, self.shelf)
+                    streams.append(self._stream(number, placed, hidden, count))
+                else:
+                    streams[number].experts[expert] = hidden
+        weights = merged_outside(self.experts, entries, entering=True)
+        for number, (hidden, _) in enumerate(self._recorded(weights)):
+            streams[number].merged = hidden
+        return streams
+
+    def _recorded(self, weights: Weights) -> Iterator[tuple[torch.Tensor, list[Call]]]:
+        for batch in self.batches:
+            rows = self._rows(batch)
+            yield self.decoder.record(
+                weights, batch.input_ids[rows], batch.attention_mask[rows]
+            )
+
+    def _rows(self, batch: Batch) -> slice:
+        """Return this process's queries of a batch, or one that weighs nothing."""
+        rows = self.processes.share(len(batch.patterns))
+        return rows if rows.start < rows.stop else slice(0, 1)
+
+    def _stream(
+        self,
+        number: int,
+        calls: PlacedCalls,
+        hidden: torch.Tensor,
+        experts: int,
+    ) -> Stream:
+        batch = self.batches[number]
+        mine = self.processes.share(len(batch.patterns))
+        rows = self._rows(batch)
+        weight = float(mine.start < mine.stop)
+        of_tokens, shares = (weight * w[rows] for w in self.weighed[number])
+        queries = batch.queries[rows]
+        ends = torch.tensor([query.prompt_tokens - 1 for query in queries])
+        opens = torch.tensor([query.opening > 0 for query in queries])
+        patterns = self.experts.models.patterns
+        positive = [patterns.index(pattern) for pattern in batch.patterns[rows]]
+        device = self.decoder.device
+        return Stream(
+            calls=calls,
+            experts=[hidden] * experts,
+            merged=hidden,
+            counted=batch.attention_mask[rows].bool().to(device),
+            patterns=torch.tensor(positive, device=device),
+            token_weights=of_tokens.to(device),
+            shares=shares.to(device),
+            decisions=batch.decisions[rows].to(device),
+            prompt_ends=ends.to(device),
+            opens=opens.to(device),
+            queries=len(batch.patterns),
+            shelf=self.shelf,
+        )
+
+
+def merged_outside(
+    experts: ExpertWeights, entries: Entries, *, entering: bool
+) -> Weights:
+    """Return the merged weights outside the layers, or of those that come before them.
+
+    As they are written, in float32; `entries` are their coefficients. One tensor of the
+    models is in memory at a time.
+    """
+    models, layout = experts.models, experts.layout
+    merged: Weights = {}
+    for info in layout.entering if entering else layout.outside:
+        weights = [experts.load(number, [info]) for number in range(len(models.every))]
+        solved = [
+            {info.name: entries[models.entry(number, info.name)]}
+            for number in range(len(models.others))
+        ]
+        merged |= experts.merging(weights).written(solved)
+    return merged

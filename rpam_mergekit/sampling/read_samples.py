@@ -1,0 +1,201 @@
+"""Sampled queries of any format: ours, lm-eval's or the minimal one, all graded."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.samples import (
+    Response,
+    SampledQuery,
+    SampleReader,
+    is_sample_file,
+)
+from rpam_mergekit.grading.brackets import (
+    begun_turn,
+    closes_unopened,
+    markers_in,
+    read_turn,
+    usual_opening,
+)
+from rpam_mergekit.grading.responses import without_end
+from rpam_mergekit.grading.workers import Grader, has_ended
+from rpam_mergekit.sampling.foreign import ForeignQuery, read_foreign
+from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.sampling.run import Generated, graded
+from rpam_mergekit.sampling.turns import markers_of, thinking_header
+
+
+class Intake:
+    """Sampled queries of any format, graded where they are not; all whole turns.
+
+    options: of the command, see `cli.py`; with `regrade` our own files are graded
+    anew. header: that of our files. finished: known once all queries have been read.
+    markers, opening: how the model of this file thinks, and how its prompts begin it:
+    what the header says, else what options and responses tell.
+    """
+
+    def __init__(
+        self, path: Path, options: dict[str, Any], regrade: bool = False
+    ) -> None:
+        self.path = path
+        self.options = options
+        self.regrade = regrade
+        self.finished = False
+        self._ours = SampleReader(path) if is_sample_file(path) else None
+        self._rows: list[ForeignQuery] = []
+        self.header: dict[str, Any] = {"model": None, "source": path.name}
+        if self._ours is not None:
+            self.header = dict(self._ours.header)
+            del self.header["rpam_samples"]
+        else:
+            self._rows = list(read_foreign(path))
+        known = self.header.get("thinking") or self._brackets()
+        self.markers = markers_of(options, known)
+        self.opening = self._opening(known)
+        if regrade:
+            self.header["thinking"] = thinking_header(self.markers, self.opening)
+
+    def _brackets(self) -> dict[str, str]:
+        """Return the brackets of a file without a header, as a header has them."""
+        found = markers_in(text for row in self._rows for text in row.texts)
+        return {"open": found.open, "close": found.close} if found else {}
+
+    def _opening(self, known: Mapping[str, Any]) -> str | None:
+        """Return the opening of the prompts, None if it is not known.
+
+        What --opened-by-prompt says is meant for files that do not know it. One of
+        which no response closes thinking that it has not opened is not meant.
+        """
+        if known.get("opening") is not None:
+            return known["opening"]
+        said = known.get("opened_by_prompt")  # of a file without openings
+        if said is None:
+            said = self.options["opened_by_prompt"]
+            if said and not self._closes_unopened("opening" in known):
+                said = None
+        if said is None:
+            return None
+        return usual_opening(self.markers) if said else ""
+
+    def _closes_unopened(self, whole: bool) -> bool:
+        """Tell whether a response closes what the prompt must have opened.
+
+        In a file of `whole` turns of which the opening is not known, any closing may.
+        """
+        texts = (text for row in self._rows for text in row.texts)
+        if self._ours is not None:
+            texts = (r.text for query in self._ours for r in query.responses)
+        return any(
+            self.markers.close in text if whole else closes_unopened(text, self.markers)
+            for text in texts
+        )
+
+    async def queries(
+        self, skip: Set[int] = frozenset()
+    ) -> AsyncIterator[SampledQuery]:
+        """Yield every query whose index is not in `skip`."""
+        if self._ours is not None and not self.regrade:
+            for query in self._ours:
+                yield self._whole(query)
+            self.finished = self._ours.finished
+            return
+        with grader_of(self.options) as grader:
+            if self._ours is not None:
+                for query in tqdm(self._ours, desc=self.path.name, unit="query"):
+                    if query.index not in skip:
+                        yield await self._regraded(query, grader)
+                self.finished = self._ours.finished
+                return
+            tokenizer = tokenizer_of(self.options["tokenizer"])
+            rows = [row for row in self._rows if row.index not in skip]
+            for row in tqdm(rows, desc=self.path.name, unit="query"):
+                yield await self._graded(row, grader, tokenizer)
+        self.finished = True
+
+    def _whole(self, query: SampledQuery) -> SampledQuery:
+        """Return a query of ours with whole turns; states and grades stay."""
+        responses = tuple(
+            r.model_copy(update={"text": self._turn(r.text)}) for r in query.responses
+        )
+        return query.model_copy(update={"responses": responses})
+
+    def _turn(self, text: str) -> str:
+        text = without_end(text, self.markers)
+        return begun_turn(text, self.opening, self.markers)
+
+    async def _regraded(self, query: SampledQuery, grader: Grader) -> SampledQuery:
+        if query.gold is None:
+            return self._whole(query)
+        question = Question(
+            index=query.index,
+            question=query.question,
+            messages=query.messages,
+            gold=query.gold,
+            source=query.source,
+        )
+        generated = [
+            Generated(self._turn(r.text), r.tokens, r.finish, r.seed)
+            for r in query.responses
+        ]
+        return await graded(question, generated, grader, self.markers, self.opening)
+
+    async def _graded(
+        self, row: ForeignQuery, grader: Grader, tokenizer: Any
+    ) -> SampledQuery:
+        tokens = row.tokens
+        if tokenizer is not None:
+            tokens = tuple(
+                len(tokenizer(text, add_special_tokens=False)["input_ids"])
+                if count is None
+                else count
+                for text, count in zip(row.texts, tokens, strict=True)
+            )
+        turns = [self._turn(text) for text in row.texts]
+        common: dict[str, Any] = {
+            "index": row.index,
+            "question": row.question,
+            "messages": row.messages,
+            "source": row.source,
+        }
+        if row.gold is not None:
+            generated = [
+                Generated(turn, count, finish, None)
+                for turn, count, finish in zip(turns, tokens, row.finishes, strict=True)
+            ]
+            question = Question(gold=row.gold, **common)
+            return await graded(question, generated, grader, self.markers, self.opening)
+        responses = tuple(
+            Response(
+                text=turn,
+                tokens=count,
+                finish=finish,
+                correct=right,
+                thinking=read_turn(
+                    turn, self.opening, self.markers, has_ended(finish)
+                ).state,
+            )
+            for turn, count, finish, right in zip(
+                turns, tokens, row.finishes, row.correct, strict=True
+            )
+        )
+        return SampledQuery(responses=responses, **common)
+
+
+def grader_of(options: dict[str, Any]) -> Grader:
+    return Grader(options["graders"], options["grading_time_limit"])
+
+
+def tokenizer_of(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RpamError(f"--tokenizer: cannot load {name}: {error}") from None

@@ -1,0 +1,245 @@
+"""What a model's chat template makes of the queries: markers, opening, end tokens.
+
+The template is asked where it can be: of a model in this process its own, of one that a
+server generates from that of MODEL, in a folder or on the Hub, or that of --tokenizer.
+What it says is believed of a model in this process; of one on a server, which may have
+been started with another template, --opened-by-prompt has the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rpam_mergekit.errors import RpamError, first_line
+from rpam_mergekit.grading.brackets import KNOWN, markers_in, opening_of, usual_opening
+from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.sampling.questions import Question
+
+_NO_SYSTEM = (
+    "Leave --system out, or put its text after the questions with --instruction."
+)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What is known of the turns in which a model answers.
+
+    opening: the text by which its prompts open the thinking, None if it is not known;
+    ends: its end tokens; notes: what the user should know.
+    """
+
+    markers: Markers
+    opening: str | None
+    ends: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def thinking_header(markers: Markers, opening: str | None) -> dict[str, Any]:
+    """Return the entry `thinking` of a sample file's header.
+
+    `opening` says that the responses are whole turns; files without it are older.
+    """
+    return {
+        "open": markers.open,
+        "close": markers.close,
+        "opening": opening,
+        "opened_by_prompt": None if opening is None else bool(opening),
+    }
+
+
+def check_questions(
+    model: str, questions: Sequence[Question], tokenizer: Any, system: str | None
+) -> None:
+    """Raise `RpamError` if the chat template does not take a query as it is."""
+    # Not at the top: it needs torch, which the commands on files do not.
+    from rpam_mergekit.chat.prompts import prompt_text, template_problem
+
+    for question in questions:
+        problem = template_problem(question.messages, tokenizer)
+        if problem is not None:
+            which = f"query {question.index}"
+            remedy = "Leave such queries out, or mend the template."
+            if system and not template_problem(question.messages[1:], tokenizer):
+                which, remedy = "--system", _NO_SYSTEM
+            named = problem.replace("template", f"template of {model}", 1)
+            raise RpamError(f"{which}: {named.rstrip('.')}. {remedy}")
+    if system and questions:
+        first, *turns = questions[0].messages
+        other = {**first, "content": f"{first['content']} 0?"}
+        if prompt_text([first, *turns], tokenizer) == prompt_text(
+            [other, *turns], tokenizer
+        ):
+            raise RpamError(
+                f"--system: the chat template of {model} leaves system messages out: "
+                f"the model would never read it. {_NO_SYSTEM}"
+            )
+
+
+def turns_here(
+    model: str, tokenizer: Any, messages: Sequence[Mapping[str, str]], o: dict[str, Any]
+) -> Turns:
+    """Return the turns of a model in this process, of which `tokenizer` tells all."""
+    found = _told(tokenizer, messages, o, {})
+    said = o["opened_by_prompt"]
+    if said is None or said == bool(found.opening):
+        return found
+    opens = f"opens it, with {found.opening!r}" if found.opening else "does not open it"
+    note = (
+        f"{_flag(said)} is not heeded: the chat template of {model} {opens}, and is "
+        "what makes the prompts"
+    )
+    return replace(found, notes=(*found.notes, note))
+
+
+def turns_served(
+    names: Sequence[str],
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    o: dict[str, Any],
+    extra_body: Mapping[str, Any],
+) -> Turns:
+    """Return the turns of a model that a server generates from.
+
+    `names` are those that the server and the user have for it; `tokenizer` is that of
+    --tokenizer, if there is one.
+    """
+    said = o["opened_by_prompt"]
+    reasons: list[str] = []
+    if tokenizer is None:
+        tokenizer = _looked_up(names, reasons)
+    found = None
+    if tokenizer is not None:
+        try:
+            found = _told(tokenizer, messages, o, extra_body)
+        except Exception as error:  # whatever a template raises, also on no system turn
+            reasons.append(f"it refuses the queries: {first_line(error)}")
+    if found is None:
+        return _not_told(names[0], reasons, o)
+    if said is None or said == bool(found.opening):
+        return found
+    note = (
+        f"{_flag(said)} is believed, although the chat template of {names[0]} "
+        f"{'opens' if found.opening else 'does not open'} the thinking"
+    )
+    opening = usual_opening(found.markers) if said else ""
+    return replace(found, opening=opening, notes=(*found.notes, note))
+
+
+def continued(turns: Turns, header: Mapping[str, Any], o: Mapping[str, Any]) -> Turns:
+    """Return the turns of a run that goes on with the file of this header.
+
+    What could not be asked, then or now, is as the file has it.
+    """
+    known = header.get("thinking", {})
+    if "opening" not in known or o["opened_by_prompt"] is not None:
+        return turns
+    if turns.opening is not None and known["opening"] is not None:
+        return turns
+    kept = Markers(known["open"], known["close"])
+    named = [o["think_open"] or kept.open, o["think_close"] or kept.close]
+    return Turns(Markers(*named), known["opening"], turns.ends)
+
+
+def markers_of(
+    options: Mapping[str, Any], known: Mapping[str, Any] | None = None
+) -> Markers:
+    """Return the markers that the options name, else those of a header, else ours.
+
+    Where only the opening one is named, its usual counterpart closes.
+    """
+    known = dict(known or {})
+    pairs = {markers.open: markers.close for markers in KNOWN}
+    if options["think_open"] in pairs:
+        known["close"] = pairs[options["think_open"]]
+    chosen = []
+    for name, usual in (("open", Markers.open), ("close", Markers.close)):
+        value = options[f"think_{name}"]
+        if value is None:
+            value = known.get(name, usual)
+        if not value:
+            raise RpamError(f"--think-{name}: a marker cannot be empty.")
+        chosen.append(value)
+    return Markers(*chosen)
+
+
+def _told(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    o: Mapping[str, Any],
+    extra_body: Mapping[str, Any],
+) -> Turns:
+    """Return what a tokenizer and its chat template say.
+
+    vLLM and SGLang render it as a request's fields want it.
+    """
+    from rpam_mergekit.chat.prompts import prompt_text
+
+    rendering = dict(extra_body.get("chat_template_kwargs") or {})
+    if "chat_template" in extra_body:
+        rendering["chat_template"] = extra_body["chat_template"]
+    prompt = prompt_text(messages, tokenizer, **rendering)
+    markers = markers_of(o, _recognised(tokenizer, prompt))
+    ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    return Turns(markers, opening_of(prompt, markers), ends)
+
+
+def _recognised(tokenizer: Any, prompt: str) -> dict[str, str]:
+    """Return the brackets in which a template writes thinking, as a header has them."""
+    found = next((m for m in KNOWN if opening_of(prompt, m)), None)
+    template = getattr(tokenizer, "chat_template", None)
+    found = found or markers_in([template] if isinstance(template, str) else [])
+    return {"open": found.open, "close": found.close} if found else {}
+
+
+def _looked_up(names: Sequence[str], reasons: list[str]) -> Any:
+    """Return the tokenizer of the first name that has one, else None with reasons."""
+    from transformers import AutoTokenizer
+
+    for name in dict.fromkeys(names):
+        local = Path(name).is_dir()
+        if not local and name.count("/") != 1:
+            reasons.append(f"'{name}' is no folder and no name of the Hub")
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(
+                name,
+                trust_remote_code=False,
+                local_files_only=not local and _hub_is_away(),
+            )
+        except Exception as error:  # of transformers, huggingface_hub, or a parser
+            reasons.append(f"{name}: {first_line(error)}")
+    return None
+
+
+def _hub_is_away() -> bool:
+    """Tell whether only the cache can be asked; huggingface_hub would try for long."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    from rpam_mergekit.models.references import unreachable
+
+    return unreachable()
+
+
+def _not_told(name: str, reasons: Sequence[str], o: Mapping[str, Any]) -> Turns:
+    """Return what the options alone say, with a note on what is not known."""
+    markers, said = markers_of(o), o["opened_by_prompt"]
+    why = f"the chat template of {name} cannot be asked ({'; '.join(reasons)})"
+    if said is not None:
+        opening = usual_opening(markers) if said else ""
+        note = f"{why}: {_flag(said)} is believed"
+        return Turns(markers, opening, notes=(note,))
+    note = (
+        f"{why}: whether prompts open the thinking is not known, and only a response "
+        "that closes it tells. Give --tokenizer the model's name or folder, or say "
+        "--opened-by-prompt or --not-opened-by-prompt"
+    )
+    return Turns(markers, None, notes=(note,))
+
+
+def _flag(said: bool) -> str:
+    return "--opened-by-prompt" if said else "--not-opened-by-prompt"
