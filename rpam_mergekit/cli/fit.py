@@ -39,7 +39,7 @@ def fit_command(
 
     \b
       mergekit-rpam fit rpam.yml --out coefficients.safetensors --device cuda
-      torchrun --nproc-per-node 4 -m rpam_mergekit.cli.main fit rpam.yml \\
+      torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml \\
         --out coefficients.safetensors --device cuda
     """
     merge_options.apply_global_options()
