@@ -56,3 +56,16 @@ def test_the_presets_that_the_docs_list_are_those_there_are():
     page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\S+/\S+)", page, re.MULTILINE))
     assert listed == {name: preset.path for name, preset in PRESETS.items()}
+
+
+def test_the_architecture_page_names_what_there_is():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "rpam_mergekit"
+    named = set(re.findall(r"`((?:\w+/)?\w+\.py)`", page))
+    assert len(named) > 20
+    found = {path.name for path in package.rglob("*.py")}
+    for name in named:
+        assert (package / name).exists() if "/" in name else name in found, name
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == folders
