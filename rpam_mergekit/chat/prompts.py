@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from rpam_mergekit.chat.thinking import ThinkingMode, thinking_of
-from rpam_mergekit.errors import RpamError
+from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.settings import RpamSettings
 
 PADDING = 0.25  # of a batch, at most
+MOST_FINDINGS = 20
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,50 @@ def encode_calibration(
     ids beyond the vocabulary, conversations that the chat template refuses, and a
     pattern of which no query fits `max_tokens`.
     """
+    template = getattr(tokenizer, "chat_template", None)
     notes = []
-    if getattr(tokenizer, "chat_template", None) is None:
+    if template is None:
         notes.append(
             "the tokenizer has no chat template: prompts are used as plain text"
         )
     if thinking is None:
-        template = getattr(tokenizer, "chat_template", None)
         thinking = thinking_of(tokenizer, template, calibration.queries, settings)
+    prompts = _prompts(calibration, tokenizer, vocabulary, thinking)
+    usable = [0 < len(ids) <= settings.max_tokens for ids in prompts]
+    notes += _left_out(calibration, usable, settings)
+    encoded, cut = [], 0
+    for i in draw_queries(
+        calibration, usable, settings.queries_per_pattern, settings.seed
+    ):
+        query, response, opening, closing = calibration.queries[i], [], 0, None
+        if settings.tokens == "prompt+response" and query.response is not None:
+            text = thinking.response(query.response, query.pattern)
+            response = response_ids(text, tokenizer, thinking)
+            opening, closing = brackets(text, tokenizer, thinking)
+            where = f"{calibration.path}:{calibration.lines[i]}"
+            refuse(_beyond(response, tokenizer, vocabulary, where))
+        room = settings.max_tokens - len(prompts[i])
+        cut += len(response) > room
+        encoded.append(
+            _query(prompts[i], response, room, query.pattern, opening, closing)
+        )
+    if cut:
+        notes.append(
+            f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
+        )
+    without = sum(not query.responds for query in encoded)
+    if settings.tokens == "prompt+response" and without:
+        notes.append(
+            f"{without} of {len(encoded)} queries have no response: only their "
+            "prompts are aligned"
+        )
+    return encoded, notes
+
+
+def _prompts(
+    calibration: CalibrationSet, tokenizer, vocabulary: int, thinking: ThinkingMode
+) -> list[list[int]]:
+    """Return all prompts as token ids. Raises `RpamError` with all findings."""
     prompts, findings = [], []
     for query, line in zip(calibration.queries, calibration.lines, strict=True):
         where = f"{calibration.path}:{line}"
@@ -110,72 +147,61 @@ def encode_calibration(
         ids = [] if problem else prompt_ids(query.conversation, tokenizer, thinking)
         findings += _beyond(ids, tokenizer, vocabulary, where)
         prompts.append(ids)
-    if findings:
-        raise RpamError(*findings[:20])
-    usable = [0 < len(ids) <= settings.max_tokens for ids in prompts]
+    refuse(findings[:MOST_FINDINGS])
+    return prompts
+
+
+def _left_out(
+    calibration: CalibrationSet, usable: Sequence[bool], settings: RpamSettings
+) -> list[str]:
+    """Return notes on prompts that are left out, and on patterns with few queries.
+
+    Raises `RpamError` for a pattern without any usable prompt.
+    """
+    notes = []
     if not all(usable):
         notes.append(
             f"{usable.count(False)} of {len(usable)} prompts are empty or longer than "
             f"max_tokens ({settings.max_tokens}) and were left out"
         )
     for pattern in dict.fromkeys(q.pattern for q in calibration.queries):
-        kept = [
+        kept = sum(
             u
             for u, q in zip(usable, calibration.queries, strict=True)
             if q.pattern == pattern
-        ]
-        if not any(kept):
+        )
+        if not kept:
             raise RpamError(
                 f"parameters.max_tokens: every '{pattern}' prompt of "
                 f"{calibration.path} is longer than {settings.max_tokens} tokens. "
                 "Raise it."
             )
-        if sum(kept) < settings.queries_per_pattern:
+        if kept < settings.queries_per_pattern:
             notes.append(
-                f"{sum(kept)} usable '{pattern}' queries, fewer than "
+                f"{kept} usable '{pattern}' queries, fewer than "
                 f"queries_per_pattern ({settings.queries_per_pattern}): all are used"
             )
-    encoded, cut = [], 0
-    for i in draw_queries(
-        calibration, usable, settings.queries_per_pattern, settings.seed
-    ):
-        query = calibration.queries[i]
-        ids = prompts[i]
-        response: list[int] = []
-        opening, closing = 0, None
-        if settings.tokens == "prompt+response" and query.response is not None:
-            text = thinking.response(query.response, query.pattern)
-            response = response_ids(text, tokenizer, thinking)
-            opening, closing = brackets(text, tokenizer, thinking)
-            where = f"{calibration.path}:{calibration.lines[i]}"
-            if beyond := _beyond(response, tokenizer, vocabulary, where):
-                raise RpamError(*beyond)
-        room = settings.max_tokens - len(ids)
-        cut += len(response) > room
-        encoded.append(
-            EncodedQuery(
-                (*ids, *response[:room]),
-                len(ids),
-                query.pattern,
-                opening=min(opening, max(room, 0)),
-                closing=len(ids) + closing
-                if closing is not None and closing < room
-                else None,
-                ended=0 < len(response) <= room,
-            )
-        )
-    if cut:
-        notes.append(
-            f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
-        )
-    if settings.tokens == "prompt+response":
-        without = sum(len(e.ids) == e.prompt_tokens for e in encoded)
-        if without:
-            notes.append(
-                f"{without} of {len(encoded)} queries have no response: only their "
-                "prompts are aligned"
-            )
-    return encoded, notes
+    return notes
+
+
+def _query(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    room: int,
+    pattern: str,
+    opening: int,
+    closing: int | None,
+) -> EncodedQuery:
+    """Return a query whose response is cut to `room` tokens, its marks with it."""
+    closes = closing is not None and closing < room
+    return EncodedQuery(
+        (*prompt, *response[:room]),
+        len(prompt),
+        pattern,
+        opening=min(opening, max(room, 0)),
+        closing=len(prompt) + closing if closes and closing is not None else None,
+        ended=0 < len(response) <= room,
+    )
 
 
 def make_batches(

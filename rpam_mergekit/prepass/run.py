@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from rpam_mergekit.chat.prompts import Batch, make_batches
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import (
-    add_task_vectors,
     coefficient,
 )
 from rpam_mergekit.formats.operating_point import OperatingPoint
@@ -35,18 +34,15 @@ from rpam_mergekit.formats.solved_layers import (
     LayerSolution,
     Solution,
 )
-from rpam_mergekit.prepass import solver
 from rpam_mergekit.prepass.fields import LayerCoefficients
+from rpam_mergekit.prepass.layer import LayerProblem, Opening, solving_dtype
 from rpam_mergekit.prepass.measures import (
     divergence,
-    expert_distance,
     gap,
     heaviest_token,
-    objective,
     weigh_layer,
 )
 from rpam_mergekit.prepass.memory import knobs
-from rpam_mergekit.prepass.objective import opening_loss
 from rpam_mergekit.processes import Processes
 from rpam_mergekit.replay.activations import Shelf
 from rpam_mergekit.replay.layer_weights import Merging, Weights, float32
@@ -260,7 +256,7 @@ class PrePass:
             rank=self.settings.rank,
             initial=self.settings.initial_weight / len(self.models.others),
             fixed={entries[n]: c for n, c in self.fixed.items() if n in entries},
-            dtype=self._solving_dtype,
+            dtype=solving_dtype(self.settings, self.decoder.device),
             device=self.decoder.device,
             generator=self.generator,
         )
@@ -283,12 +279,6 @@ class PrePass:
     @property
     def _file_dtype(self) -> torch.dtype:
         return getattr(torch, self.settings.coefficient_dtype)
-
-    @property
-    def _solving_dtype(self) -> torch.dtype:
-        lbfgs = self.settings.solver == "lbfgs"
-        has_float64 = self.decoder.device.type != "mps"
-        return torch.float64 if lbfgs and has_float64 else torch.float32
 
     @torch.no_grad()
     def run_experts(self, index: int, experts: Sequence[Weights]) -> None:
@@ -362,81 +352,26 @@ class PrePass:
         coefficients: Sequence[LayerCoefficients],
         progress: tqdm,
     ) -> None:
-        dtype = self._solving_dtype
-        scale = expert_distance(self.streams, self.processes)
-        origin = {n: self._cast(value) for n, value in weights.base.items()}
-        vectors = {n: [self._cast(v) for v in of] for n, of in weights.vectors.items()}
+        LayerProblem(
+            self.decoder,
+            index,
+            self.streams,
+            weights,
+            coefficients,
+            self.settings,
+            self.processes,
+            self._opening_of(index),
+        ).minimise(self.generator, progress.update)
 
-        opening = self._opening_of(index)
-
-        def batch_loss(number: int) -> torch.Tensor:
-            stream = self.streams[number]
-            merged = origin | {
-                name: add_task_vectors(
-                    origin[name],
-                    zip((c.coefficient(name) for c in coefficients), of, strict=True),
-                )
-                for name, of in vectors.items()
-            }
-            call = stream.calls[index]
-            if dtype != torch.float32:
-                call = call.to(dtype)
-            hidden = self.decoder.replay(index, merged, stream.merged.to(dtype), call)
-            loss = objective(
-                stream, hidden, scale, len(self.streams), self.settings, self.processes
-            )
-            if opening is not None:
-                loss = loss + self._opening_term(stream, hidden, *opening)
-            if self.settings.regularization:
-                penalties = torch.stack([c.penalty() for c in coefficients])
-                penalty = penalties.mean() / self.processes.count
-                loss = loss + self.settings.regularization * penalty
-            return loss
-
-        arguments: dict[str, Any] = {
-            "steps": self.settings.steps_of(len(self.streams)),
-            "step": progress.update,
-            "total": self.processes.sum,
-        }
-        count = len(self.streams)
-        leaves = [leaf for c in coefficients for leaf in c.leaves]
-        try:
-            if self.settings.solver == "lbfgs":
-                solver.lbfgs(batch_loss, count, leaves, **arguments)
-            else:
-                solver.adam(
-                    batch_loss,
-                    count,
-                    leaves,
-                    learning_rate=self.settings.learning_rate,
-                    generator=self.generator,
-                    tolerance=self.settings.tolerance,
-                    **arguments,
-                )
-        except solver.Diverged as error:
-            raise RpamError(
-                f"layer {index}: {error}. Lower parameters.learning_rate (now "
-                f"{self.settings.learning_rate})."
-            ) from None
-
-    def _opening_of(self, index: int) -> tuple[int, Weights] | None:
-        """Return the opening's token and the head, where its term belongs; else None.
+    def _opening_of(self, index: int) -> Opening | None:
+        """Return what the opening's term needs, where it belongs; else None.
 
         Only the last layer's output is what final norm and head are made for.
         """
         if not self.settings.opening_weight or index + 1 < len(self.layout.layers):
             return None
         token = opening_token([q for batch in self.batches for q in batch.queries])
-        return None if token is None else (token, self._head(None))
-
-    def _opening_term(
-        self, stream: Stream, hidden: torch.Tensor, token: int, head: Weights
-    ) -> torch.Tensor:
-        rows = torch.arange(len(hidden), device=hidden.device)
-        logits = self.decoder.logits(head, hidden[rows, stream.prompt_ends].float())
-        of_query = opening_loss(logits, token, stream.opens)
-        weighed = (of_query * stream.shares.sum(dim=1)).sum() * len(self.streams)
-        return self.settings.opening_weight * weighed
+        return None if token is None else Opening(token, self._head(None))
 
     def opening_probability(self) -> float | None:
         """Return how likely the model that thinks opens its thinking by itself.
@@ -453,7 +388,3 @@ class PrePass:
             make_batches(thinking, self.settings),
             self.quiet,
         )
-
-    def _cast(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a weight in the dtype of the solver; whole numbers as they are."""
-        return value.to(self._solving_dtype) if value.is_floating_point() else value
