@@ -10,8 +10,8 @@ from conftest import run
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.sampling.benchmarks import CHOICE, MATH, PRESETS
-from rpam_mergekit.sampling.questions import UnusableRow, load_questions
-from rpam_mergekit.sampling.rows import Dataset
+from rpam_mergekit.sampling.questions import load_questions
+from rpam_mergekit.sampling.rows import Dataset, UnusableRow
 
 
 def write(path, *rows):

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.sampling.benchmarks import PRESETS
 from rpam_mergekit.sampling.questions import QUESTION_COLUMNS, load_questions
 from rpam_mergekit.sampling.rows import Dataset, read_lines
 
@@ -86,8 +87,6 @@ def read_guard(sources: Iterable[str]) -> LeakGuard:
 
     Raises `RpamError` for a source that cannot be read or holds no question.
     """
-    from rpam_mergekit.sampling.benchmarks import PRESETS
-
     guard = LeakGuard()
     for source in dict.fromkeys(sources):
         if source in PRESETS and not Path(source).exists():

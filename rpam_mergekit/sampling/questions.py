@@ -6,7 +6,7 @@ A JSONL file, one query a line::
     {"messages": [{"role": "user", "content": "..."}], "answer": ["-1", "2"]}
 
 or a data set of the Hugging Face Hub, through `datasets`; benchmarks have presets
-(`presets.py`). An `answer` may be a number, a text, or a list of values that are all
+(`benchmarks.py`). An `answer` may be a number, a text, or a list of values that are all
 needed; of a text with a rationale, what follows ``####`` or stands in the last
 ``\\boxed{}`` is the answer. `choices` makes it a multiple-choice query, whose answer is
 a letter; `unit`, `tolerance` and `relative_tolerance` say how numbers compare.
@@ -25,8 +25,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rpam_mergekit.errors import RpamError, refuse, suggestion
 from rpam_mergekit.grading.answers import LETTERS, Gold
-from rpam_mergekit.grading.responses import boxed
-from rpam_mergekit.sampling.rows import MOST_FINDINGS, Dataset, read_rows
+from rpam_mergekit.sampling.benchmarks import PRESETS, Preset
+from rpam_mergekit.sampling.rows import (
+    MOST_FINDINGS,
+    Dataset,
+    UnusableRow,
+    gold_text,
+    read_rows,
+)
 
 QUESTION_COLUMNS = ("question", "problem", "prompt", "instruction", "query")
 ANSWER_COLUMNS = ("answer", "gold", "target")
@@ -62,10 +68,6 @@ class QuestionSet:
     notes: tuple[str, ...] = field(default=())
 
 
-class UnusableRow(Exception):
-    """A row without a question or an answer; the text says what is missing."""
-
-
 def load_questions(
     dataset: Dataset,
     *,
@@ -80,29 +82,16 @@ def load_questions(
     seed. Raises `RpamError` if the data set cannot be read, or, with a finding for
     every bad line (at most 20), if it is malformed.
     """
-    from rpam_mergekit.sampling.benchmarks import PRESETS
-
-    preset_name = dataset.preset or (dataset.name if dataset.name in PRESETS else None)
-    if preset_name is not None and preset_name not in PRESETS:
-        raise RpamError(
-            f"--preset: unknown preset '{preset_name}'."
-            f"{suggestion(preset_name, PRESETS)}"
-        )
-    preset = PRESETS[preset_name] if preset_name else None
+    preset = _preset_of(dataset)
     if instruction is None:
         instruction = preset.instruction if preset else ""
-    rows, where = read_rows(dataset, preset)
-    path = Path(dataset.name)
-    name = path.name if path.exists() else dataset.name  # a folder may be moved
+    rows, where = read_rows(dataset, preset, PRESETS)
+    name = _name(dataset)
     questions: list[Question] = []
     problems: list[str] = []
     for index, row in enumerate(rows):
         try:
-            if preset:
-                text, gold, source = preset.read(row, index)
-                conversation = None
-            else:
-                text, gold, source, conversation = _read_row(row, dataset)
+            text, gold, source, conversation = _read(row, index, dataset, preset)
         except UnusableRow as unusable:
             problems.append(f"{where(index)}: {unusable}")
             continue
@@ -132,7 +121,7 @@ def load_questions(
         random.Random(f"questions/{shuffle}").shuffle(questions)
     description = {
         "name": name,
-        "preset": preset_name,
+        "preset": preset.name if preset else None,
         "config": dataset.config,
         "split": dataset.split or (preset.split if preset else None),
         "revision": dataset.revision,
@@ -142,6 +131,35 @@ def load_questions(
         "digest": digest.hexdigest(),
     }
     return QuestionSet(tuple(questions), description, notes)
+
+
+def _preset_of(dataset: Dataset) -> Preset | None:
+    """Return the preset that a data set names or is called by; None: it has none."""
+    name = dataset.preset or (dataset.name if dataset.name in PRESETS else None)
+    if name is not None and name not in PRESETS:
+        raise RpamError(
+            f"--preset: unknown preset '{name}'.{suggestion(name, PRESETS)}"
+        )
+    return PRESETS[name] if name else None
+
+
+def _name(dataset: Dataset) -> str:
+    """Return what a data set is called; of a file, whose folder may move, its name."""
+    path = Path(dataset.name)
+    return path.name if path.exists() else dataset.name
+
+
+def _read(
+    row: dict[str, Any], index: int, dataset: Dataset, preset: Preset | None
+) -> tuple[str, Gold, dict[str, Any], list[dict[str, str]] | None]:
+    """Return a row's question, answer, other fields, and conversation if it has one.
+
+    Raises `UnusableRow`.
+    """
+    if preset is None:
+        return _read_row(row, dataset)
+    text, gold, source = preset.read(row, index)
+    return text, gold, source, None
 
 
 def _messages(
@@ -243,17 +261,6 @@ def read_gold(
         raise UnusableRow(
             f"{place}: found {first['input']!r}. {first['msg']}"
         ) from None
-
-
-def gold_text(text: str) -> str:
-    r"""Return the answer of a text that may hold a rationale.
-
-    What follows the last ``####``, else the last ``\boxed{}``, else the whole.
-    """
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    boxes = boxed(text)
-    return (boxes[-1] if boxes else text).strip()
 
 
 def _is_small(value: Any) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpam_mergekit.errors import RpamError, refuse, suggestion
 from rpam_mergekit.extras import needs
+from rpam_mergekit.grading.responses import boxed
 
 if TYPE_CHECKING:
     from rpam_mergekit.sampling.benchmarks import Preset
@@ -33,10 +34,17 @@ class Dataset:
     answer_column: str | None = None
 
 
+class UnusableRow(Exception):
+    """A row without a question or an answer; the text says what is missing."""
+
+
 def read_rows(
-    dataset: Dataset, preset: Preset | None
+    dataset: Dataset, preset: Preset | None, presets: Iterable[str]
 ) -> tuple[list[dict[str, Any]], Callable[[int], str]]:
-    """Return the rows, and a function from a row's number to where it stands."""
+    """Return the rows, and a function from a row's number to where it stands.
+
+    preset: the one whose rows these are; presets: the names of all, to suggest one.
+    """
     path = Path(dataset.name)
     if path.suffix in (".jsonl", ".json") or path.is_file():
         rows, lines = read_lines(path, "--dataset")
@@ -44,11 +52,9 @@ def read_rows(
     if path.is_dir() or (preset and preset.name == dataset.name) or "/" in dataset.name:
         rows = _hub_rows(dataset, preset)
         return rows, lambda index: f"{dataset.name}, row {index}"
-    from rpam_mergekit.sampling.benchmarks import PRESETS
-
     raise RpamError(
         f"--dataset: '{dataset.name}' is no file, no preset and no Hub data set "
-        f"(owner/name).{suggestion(dataset.name, PRESETS)}"
+        f"(owner/name).{suggestion(dataset.name, presets)}"
     )
 
 
@@ -117,3 +123,14 @@ def _hub_rows(dataset: Dataset, preset: Preset | None) -> list[dict[str, Any]]:
             ) from None
         rows += [dict(row) for row in part]
     return rows
+
+
+def gold_text(text: str) -> str:
+    r"""Return the answer of a text that may hold a rationale.
+
+    What follows the last ``####``, else the last ``\boxed{}``, else the whole.
+    """
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    boxes = boxed(text)
+    return (boxes[-1] if boxes else text).strip()
