@@ -1,4 +1,4 @@
-# Every target sets itself up in .venv: Python 3.10 to 3.13 and make are enough.
+# Every target sets itself up in .venv: Python 3.11 to 3.13 and make are enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
