@@ -1,4 +1,4 @@
-# Every target sets itself up in .venv: Python 3.10 to 3.13 and make are enough.
+# Every target sets itself up in .venv: Python 3.11 to 3.13 and make are enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,11 +28,12 @@ smollm2: $(VENV)/installed  ## Fetch SmolLM2, merge and evaluate the pair in exa
 test: $(VENV)/installed  ## Run the tests
 	$(BIN)/python -m pytest -n 2
 
-lint: $(VENV)/installed  ## Check style, types and imports
+lint: $(VENV)/installed  ## Check style, types, imports and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell *.md docs examples benchmarks rpam_mergekit startup
 
 evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md
 	$(BIN)/python benchmarks/lab/study.py $(if $(QUICK),--quick --results build/evidence)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
-from conftest import QUICKSTART, ROOT
+from conftest import QUICKSTART, ROOT, merge_config, merge_here, run
 
 from rpam_mergekit.cli.main import main
+from rpam_mergekit.formats import calibration, coefficients, samples
+from rpam_mergekit.formats.operating_point import PatternRouting, Routing
+from rpam_mergekit.formats.solved_layers import OUTSIDE, LayerSolution, SolvedLayers
+from rpam_mergekit.grading.answers import Gold
+from rpam_mergekit.outputs import record
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [QUICKSTART / "README.md", ROOT / "examples" / "smollm2" / "README.md"]
@@ -69,3 +76,114 @@ def test_the_architecture_page_names_what_there_is():
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert listed == folders
+
+
+FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+# Objects whose keys are no fields: settings, names, what the data has.
+DATA_KEYS = {"settings", "fixed", "queries", "scores", "extra_body", "source"}
+
+
+def named_in(section: str) -> set[str]:
+    """Return what a section of the page on formats has in code type."""
+    text = FORMATS.partition(f"\n## The {section}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def rows_of(section: str) -> set[str]:
+    """Return the keys that head the rows of a section's tables."""
+    text = FORMATS.partition(f"\n## The {section}\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def keys_of(content) -> set[str]:
+    """Return the keys of JSON, and of all that is in it but for `DATA_KEYS`."""
+    if isinstance(content, list):
+        return set().union(*map(keys_of, content))
+    if not isinstance(content, dict):
+        return set()
+    inner = [keys_of(v) for k, v in content.items() if k not in DATA_KEYS]
+    return set(content).union(*inner)
+
+
+def names(kind) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+@pytest.fixture(scope="module")
+def merged(pair, tmp_path_factory):
+    parameters = {"granularity": "layer", "epochs": 1}
+    out = tmp_path_factory.mktemp("formats") / "out"
+    return merge_here(merge_config(pair, parameters=parameters), out)
+
+
+def test_the_formats_page_names_the_fields_of_the_calibration_file():
+    known = {*calibration.CalibrationQuery.model_fields}
+    assert rows_of("calibration file") == known
+    assert known | {"source"} | {*calibration.Message.model_fields} <= named_in(
+        "calibration file"
+    )
+
+
+def test_the_formats_page_names_what_a_sample_file_has(pair, tmp_path):
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out.samples.jsonl"
+    questions.write_text('{"question": "7+5=", "answer": "2", "level": 1}\n')
+    command = ["mergekit-rpam", "sample", str(pair / "long")]
+    command += ["--dataset", str(questions), "--out", str(out), "-k", "1"]
+    command += ["--max-tokens", "4", "--device", "cpu"]
+    process = run(command)
+    assert process.returncode == 0, process.stderr
+    header, query, end = map(json.loads, out.read_text("utf-8").splitlines())
+    fields_of = [samples.Response, samples.SampledQuery, Gold]
+    known = {name for model in fields_of for name in model.model_fields}
+    written = keys_of([header, query, end])
+    assert {"rpam_samples", "digest", "opening", "finished"} <= written
+    assert written | known <= named_in("sample file")
+    assert rows_of("sample file") <= written | known
+
+
+def test_the_formats_page_names_what_a_coefficients_file_has(merged):
+    file = coefficients.CoefficientsFile(merged / "rpam" / "coefficients.safetensors")
+    written = keys_of(file.metadata)
+    assert {"fingerprint", "gap_after", "held_out", "unscaled"} <= written
+    known = {coefficients.METADATA_KEY, *coefficients.PARTS}
+    known |= names(Routing) | names(PatternRouting)
+    assert written | known <= named_in("coefficients file")
+    assert rows_of("coefficients file") <= written | known
+
+
+def test_the_formats_page_names_what_a_solved_layer_has(tmp_path):
+    layers = SolvedLayers(tmp_path)
+    layers[OUTSIDE] = LayerSolution({}, None, b"\0")
+    file = coefficients.CoefficientsFile(tmp_path / "outside.safetensors")
+    assert {"report", "generator"} <= keys_of(file.metadata)
+    assert keys_of(file.metadata) <= named_in("coefficients file")
+
+
+def test_the_formats_page_names_what_a_record_has(merged):
+    content = json.loads((merged / "rpam.json").read_text(encoding="utf-8"))
+    assert rows_of("record") == set(content)
+    inherited = named_in("coefficients file")  # layers, operating point
+    layers, point = content.pop("layers"), content.pop("operating_point")
+    assert keys_of([layers, point]) <= inherited
+    written = keys_of(content) | {"layers", "operating_point"}
+    assert {"opens_by_itself", "sha256", "layer_ranges"} <= written
+    assert written | {"merged_from", "adapter"} <= named_in("record")
+
+
+def test_the_formats_page_has_the_versions():
+    table = dict(re.findall(r"^\| \[([^\]]+)\]\(#.*\| (\w+) \|$", FORMATS, re.M))
+    assert table == {
+        "calibration file": "none",
+        "sample file": str(samples.FORMAT),
+        "coefficients file": str(coefficients.FORMAT),
+        "record, `rpam.json`": str(record.FORMAT),
+    }
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*PAGES, *ROOT.glob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -8,7 +8,6 @@ loses that one grade, and a new worker takes its place.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import importlib.util
 import multiprocessing
 import os
@@ -120,7 +119,7 @@ class Grader:
                 return Verdict(await asyncio.wrap_future(self.schedule(gold, answers)))
             except BrokenProcessPool:  # before this grade had begun
                 return Verdict(await asyncio.wrap_future(self.schedule(gold, answers)))
-        except (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError):
+        except TimeoutError:
             return Verdict(
                 None, f"grading {shown} took over {self.time_limit:g} s and was stopped"
             )

@@ -201,7 +201,7 @@ async def run(
 class Tasks:
     """Tasks that live no longer than this context; the first failure is raised.
 
-    Python 3.10 has no asyncio.TaskGroup.
+    An `asyncio.TaskGroup` raises groups of failures, and cannot wait for one task.
     """
 
     def __init__(self) -> None:
