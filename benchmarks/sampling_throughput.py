@@ -34,7 +34,7 @@ class Stub:
     """The stub server in a process of its own; a context manager."""
 
     def __enter__(self) -> "Stub":
-        script = ROOT / "tests" / "openai_server.py"
+        script = ROOT / "tests" / "helpers" / "openai_server.py"
         self.process = subprocess.Popen(
             [sys.executable, str(script), "--model", "stub", "--stub", "7"],
             stdin=subprocess.PIPE,
