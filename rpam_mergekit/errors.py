@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -23,6 +23,10 @@ class RpamError(click.ClickException):
             lines = [f"{n}. {line}" for n, line in enumerate(lines, 1)]
             lines.insert(0, f"{len(findings)} problems:")
         super().__init__("rpam: " + "\n".join(lines))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message as it is, without click's "Error: " before it."""
+        click.echo(self.format_message(), file=file, err=file is None)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

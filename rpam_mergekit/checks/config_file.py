@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -16,7 +16,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
-from rpam_mergekit.errors import RpamError, first_line, suggestion
+from rpam_mergekit.errors import RpamError, first_line, refuse, suggestion
 
 # What pydantic's error types say, in words; the rest are taken from its messages.
 EXPECTED = {
@@ -46,12 +46,49 @@ class Document:
     """One config of a file: its content, what it means to mergekit, what is wrong.
 
     `name` is mergekit-multi's. `config` is None where mergekit could not read it.
+    path, text: of the whole file. lines: where every key and item stands in it, by its
+    place in the config, such as ``models[0].model``.
     """
 
     content: Mapping[str, Any]
     config: MergeConfiguration | None = None
     findings: list[str] = field(default_factory=list)
     name: str | None = None
+    path: str = ""
+    text: str = ""
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def located(self, findings: Sequence[str]) -> list[str]:
+        """Return findings with file and line before those that name a place in it."""
+        return [self._located(finding) for finding in findings]
+
+    def _located(self, finding: str) -> str:
+        place = finding.partition(": ")[0]
+        while place and place not in self.lines:
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
+        return f"{self.path}:{self.lines[place]}: {finding}" if place else finding
+
+
+def read_config(path: str | Path) -> Document:
+    """Return the one config of a file, which mergekit can read.
+
+    Raises `RpamError` with file and line for all that is wrong with it as YAML and as
+    a config of mergekit, and where there are several.
+    """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise RpamError(
+            f"{path}: there are {len(documents)} configs in it, expected one. "
+            "mergekit-multi merges several."
+        )
+    (document,) = documents
+    refuse(
+        [
+            finding if finding.startswith(f"{path}:") else f"{path}: {finding}"
+            for finding in document.located(document.findings)
+        ]
+    )
+    return document
 
 
 def read_documents(path: str | Path) -> list[Document]:
@@ -64,22 +101,28 @@ def read_documents(path: str | Path) -> list[Document]:
         nodes = list(yaml.compose_all(text, yaml.SafeLoader))
         contents = list(yaml.safe_load_all(text))
     except OSError as error:
-        raise RpamError(f"{path}: cannot be read: {error}") from error
+        raise RpamError(f"{path}: cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise RpamError(f"{path}: not UTF-8 text: {error.reason}") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RpamError(f"{path}:{line}: not UTF-8 text: {error.reason}.") from error
     except yaml.YAMLError as error:
         raise RpamError(f"{path}{_place(error)}") from error
     except ValueError as error:  # such as a date that does not exist
         raise RpamError(f"{path}: not YAML: {first_line(error)}") from error
     found = [
-        _document(content, list(_repeated(node, "")))
+        replace(
+            _document(content, list(_repeated(node, "")), f"{path}:{_line(node)}"),
+            path=str(path),
+            text=text,
+            lines=dict(_places(node, "")),
+        )
         for content, node in zip(contents, nodes, strict=True)
         if content is not None
     ]
     if not found:
         raise RpamError(
-            f"{path}: there is no config in it. A config has merge_method, base_model, "
-            "models and parameters."
+            f"{path}:1: there is no config in it. A config has merge_method, "
+            "base_model, models and parameters."
         )
     return found
 
@@ -100,11 +143,28 @@ def _place(error: yaml.YAMLError) -> str:
     return f"{where}: not YAML: {problem}.{advice}"
 
 
-def _document(content: Any, findings: list[str]) -> Document:
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _places(node: yaml.Node, where: str) -> Iterator[tuple[str, int]]:
+    """Yield the place of every key and item of a YAML tree, and its line."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield f"{where}[{number}]", _line(item)
+            yield from _places(item, f"{where}[{number}]")
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = f"{where}.{key.value}".removeprefix(".")
+            yield path, _line(key)
+            yield from _places(value, path)
+
+
+def _document(content: Any, findings: list[str], where: str) -> Document:
     if not isinstance(content, Mapping):
         raise RpamError(
-            f"the config is {_shown(content)}, expected a mapping with merge_method, "
-            "base_model, models and parameters."
+            f"{where}: the config is {_shown(content)}, expected a mapping with "
+            "merge_method, base_model, models and parameters."
         )
     name = content.get("name")
     content = {key: value for key, value in content.items() if key != "name"}

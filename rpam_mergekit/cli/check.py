@@ -16,7 +16,7 @@ from rpam_mergekit.models.references import reachable
 
 
 @click.command("check", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("config_file", type=click.Path())
 @click.option("--no-estimate", is_flag=True, help="Measure no time, memory or disk.")
 @add_merge_options
 def check_command(
@@ -40,7 +40,13 @@ def check_command(
         inspections = _inspect_all(config_file, merge_options)
         for inspection in inspections:
             _tell(inspection, merge_options, not no_estimate)
-    refuse([f for one in inspections for f in _named(one, one.findings)])
+    refuse(
+        [
+            finding
+            for one in inspections
+            for finding in _named(one, one.document.located(one.findings))
+        ]
+    )
     click.echo("no problems found")
 
 

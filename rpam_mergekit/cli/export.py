@@ -10,10 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from rpam_mergekit.checks.config_file import read_config
 from rpam_mergekit.checks.examine import NAME, check_merge
 from rpam_mergekit.checks.reuse import fingerprint_of, reusable
 from rpam_mergekit.errors import RpamError
@@ -47,7 +46,7 @@ PASSED_ON = (
 
 
 @click.command("export", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("config_file", type=click.Path())
 @click.argument("coefficients")
 @click.option(
     "--out",
@@ -82,8 +81,9 @@ def export_command(
       mergekit-yaml out/rpam/rpam_recipe.yml merged/
     """
     merge_options.apply_global_options()
-    source = Path(config_file).read_text(encoding="utf-8")
-    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    document = read_config(config_file)
+    config = document.config
+    assert config is not None
     if config.merge_method != NAME:
         raise RpamError(
             f"merge_method: found '{config.merge_method}'. 'export' writes merges by "
@@ -96,7 +96,7 @@ def export_command(
         parameters.pop("calibration", None)  # not needed, and perhaps not here
     config.parameters = parameters
     with reachable(merge_options):
-        examined = check_merge(config, merge_options, source)
+        examined = check_merge(config, merge_options, document.text)
         assert examined.request is not None
         refuse_unsayable(config, examined.request.models)
         config = examined.request.template.named_in(config)

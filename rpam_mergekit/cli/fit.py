@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from rpam_mergekit.checks.config_file import read_config
 from rpam_mergekit.checks.examine import NAME, check_merge
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.merging.fit import coefficients_of
@@ -19,7 +18,7 @@ from rpam_mergekit.processes import joined, local_device
 
 
 @click.command("fit", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("config_file", type=click.Path())
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -43,8 +42,9 @@ def fit_command(
         --out coefficients.safetensors --device cuda
     """
     merge_options.apply_global_options()
-    source = Path(config_file).read_text(encoding="utf-8")
-    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    document = read_config(config_file)
+    config = document.config
+    assert config is not None
     if config.merge_method != NAME:
         raise RpamError(
             f"merge_method: found '{config.merge_method}'. 'fit' runs the pre-pass of "
@@ -53,7 +53,7 @@ def fit_command(
     if out is not None:
         config.parameters = {**(config.parameters or {}), "coefficients": str(out)}
     with reachable(merge_options):
-        examined = check_merge(config, merge_options, source)
+        examined = check_merge(config, merge_options, document.text)
         assert examined.request is not None
         if examined.request.settings.coefficients is None:
             raise RpamError(

@@ -11,7 +11,6 @@ import click
 
 from rpam_mergekit import __version__
 from rpam_mergekit.cli.sampling import (
-    PATH,
     grade,
     grader_options,
     interruptible,
@@ -99,11 +98,25 @@ def _merge_command(mergekit_yaml: click.Command) -> click.Command:
 
     def callback(*arguments: Any, **options: Any) -> Any:
         assert mergekit_yaml.callback is not None
+        _read_ours(options["config_file"])
         with folders_are_local():
             return mergekit_yaml.callback(*arguments, **options)
 
     command.callback = callback
     return command
+
+
+def _read_ours(config: str) -> None:
+    """Refuse a config that cannot be read, or of `rpam` and wrong.
+
+    Of other methods, mergekit says itself what is wrong.
+    """
+    from rpam_mergekit.checks.config_file import read_config, read_documents
+    from rpam_mergekit.checks.examine import NAME
+
+    document = read_documents(config)[0]
+    if document.content.get("merge_method", NAME) == NAME:
+        read_config(config)
 
 
 def _local(argument: str) -> str:
@@ -138,7 +151,7 @@ for command in (sample, grade, label):
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=PATH)
+@click.argument("config", type=click.Path(path_type=Path))
 @click.option(
     "--weights",
     default="0:1:0.05",

@@ -93,12 +93,9 @@ def run_sweep(
     sampled_as: returns what tells samples by these options from others', and refuses
     options that cannot be.
     """
-    try:
-        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RpamError(f"CONFIG: cannot read {config}: {error}") from None
-    if not isinstance(recipe, dict):
-        raise RpamError(f"CONFIG: {config} is no mergekit config.")
+    from rpam_mergekit.checks.config_file import read_config  # imports mergekit
+
+    recipe = dict(read_config(config).content)
     recipes = {weight: interpolation(recipe, weight) for weight in weights}
     thinking = thinking_settings(recipe)
     identity = {**_models(recipe), **sampled_as(sample)}

@@ -263,7 +263,7 @@ def test_several_faults_are_said_at_once_with_the_notes(check, own):
     found(
         result,
         "6 problems:",
-        "1. modelss: unknown key. Did you mean 'models'?",
+        "rpam.yml:6: modelss: unknown key. Did you mean 'models'?",
         "rnak",
         "epochs",
         "no.jsonl",
@@ -344,7 +344,9 @@ def test_every_config_of_a_file_is_checked_by_its_name(check, pair):
     two = {**merge_config(pair, base_model="one", dtype="x"), "name": "two"}
     other = {"merge_method": "linear", "models": [{"model": "two"}]}
     result = check(several(one, two, other))
-    found(result, "one: epohcs: unknown key.", "two: dtype: ")
+    found(
+        result, "1. one: ", "rpam.yml:3: epohcs: unknown key.", "2. two: ", ": dtype: "
+    )
     assert "two: one is the output of another merge of this file" in result.stdout
     assert "the config without a name: not of rpam, not checked" in result.stdout
 

@@ -12,7 +12,7 @@ def found(result: Result, *parts: str) -> None:
     """Assert that a config is refused for these reasons, and nothing crashed."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
-    assert "Error: rpam: " in result.stderr
+    assert "rpam: " in result.stderr
     for part in parts:
         assert part in result.stderr
     assert "no problems found" not in result.stdout

@@ -76,7 +76,7 @@ def recipe(config: dict, out: Path, *options: str) -> dict:
 def refusal(config: dict, out: Path, *options: str) -> str:
     result = exported(config, out, *options)
     assert result.exit_code == 1, result.output
-    assert result.output.startswith("Error: rpam: ")
+    assert result.output.startswith("rpam: ")
     return result.output
 
 

@@ -104,7 +104,7 @@ def refusal(result) -> str:
     """Return the message of a run that was refused; nothing but a message is shown."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
-    message = result.output[result.output.index("Error: rpam: ") :]
+    message = result.output[result.output.rindex("rpam: ") :]
     return " ".join(message.split())
 
 

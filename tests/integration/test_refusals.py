@@ -19,7 +19,7 @@ def refused(mergekit_yaml, tmp_path):
     def call(config: dict | str) -> str:
         process = mergekit_yaml(config)
         assert process.returncode == 1
-        assert "Error: rpam: " in process.stderr
+        assert "rpam: " in process.stderr
         assert "Traceback" not in process.stderr
         assert "pre-pass" not in process.stderr
         assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -239,7 +239,7 @@ def test_mergekit_pytorch(pair, tmp_path):
     path.write_text(yaml.safe_dump(config))
     process = run(["mergekit-pytorch", str(path), str(tmp_path / "out")])
     assert process.returncode == 1
-    assert "Error: rpam: this command has no planner" in process.stderr
+    assert "rpam: this command has no planner" in process.stderr
     assert (
         "Use mergekit-yaml, mergekit-multi or 'mergekit-rpam merge'" in process.stderr
     )
