@@ -85,7 +85,8 @@ def test_full_size_runs_on_the_cpu():
     tokens = [int(row["tokens"]) for row in ours]
     assert 0 < tokens[0] < tokens[1]
     for row in ours:
-        assert 0 < number(row["share of the bf16 matrix rate"]) < 100
+        # Of a CPU that is busy, or slower in bfloat16, it may be more than all.
+        assert number(row["share of the bf16 matrix rate"]) > 0
         assert row["GPU peak, MiB"] == ""
     assert number(plain[0]["ratio"]) > 0
 

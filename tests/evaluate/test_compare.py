@@ -371,6 +371,7 @@ def test_a_sweep_of_relative_folders_works_offline(tmp_path):
 def test_a_sweep_takes_adapters(tmp_path):
     adapter = save_adapter(QUICKSTART / "long", tmp_path / "lora")
     config = {
+        "merge_method": "rpam",
         "base_model": str(QUICKSTART / "long"),
         "models": [{"model": f"{QUICKSTART / 'long'}+{adapter}"}],
     }
