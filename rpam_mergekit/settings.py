@@ -119,7 +119,7 @@ class RpamSettings(BaseModel):
         "response is predicted (the prompt's last and the response's).",
     )
     long_share: float = Field(
-        0.65,
+        0.8,
         gt=0,
         lt=1,
         description="Share of the objective that lies on queries of the pattern "
