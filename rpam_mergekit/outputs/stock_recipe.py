@@ -55,22 +55,7 @@ def recipe_text(
     `check_config` made of it; `file` belongs to these models (`reuse.reusable`).
     mergekit's loaders are set up. Raises `RpamError` where there is no such recipe.
     """
-    numbers = scalars(request, layout, file)
-    return numbers_text(config, request.models, layout, numbers, provenance(file))
-
-
-def numbers_text(
-    config: MergeConfiguration,
-    models: MergeModels,
-    layout: Layout,
-    numbers: Numbers,
-    made_from: Mapping[str, Any],
-    prose: Sequence[str] = SAME_BYTES,
-) -> str:
-    """Return the stock recipe of the merge by `numbers`, every entry's coefficient.
-
-    `made_from` and `prose` become its comments. Raises `RpamError`.
-    """
+    numbers, models = scalars(request, layout, file), request.models
     refuse_unsayable(config, models)
     out_dtype = out_dtype_of(config, models, layout)
     filters = {
@@ -79,7 +64,7 @@ def numbers_text(
     }
     listed = [(_named(m.model), filters.get(m.model, ())) for m in config.models or []]
     recipe = recipe_config(_named(models.base), listed, out_dtype, config.chat_template)
-    return recipe_yaml(recipe, prose, made_from)
+    return recipe_yaml(recipe, SAME_BYTES, provenance(file))
 
 
 def refuse_unsayable(config: MergeConfiguration, models: MergeModels) -> None:
@@ -164,8 +149,7 @@ def _finer(
         "numbers. Publish the config and this file instead: it is "
         f"{readable(size)}, {100 * size / whole:.1f} % of {base}'s weights "
         f"({readable(whole)}), and a config with parameters.coefficients and without "
-        "parameters.calibration repeats the merge. Or take another model: --nearest "
-        "layer, module or tensor exports the nearest numbers."
+        "parameters.calibration repeats the merge."
     )
 
 
