@@ -120,6 +120,15 @@ def test_a_wrong_threshold_is_told_from_not_knowing(long, way):
     assert f"{way} parameters.reasoning" in said
 
 
+@pytest.mark.parametrize(("right", "said"), [(11, False), (10, True)])
+def test_what_the_few_queries_cannot_tell_is_not_said(right, said):
+    """11 of 16 may well be three in four; 10 of 16 are fewer."""
+    merged = [figures()] * 16
+    merged += [figures("short", routed=n < right) for n in range(16)]
+    found = routing_of(merged, [figures(), figures("short")])
+    assert bool(warnings(OperatingPoint(held_out=found).record(), [])) == said
+
+
 def test_a_merge_that_cannot_tell_the_patterns_apart_says_so():
     (said,) = warnings(point(routed=False, opening=-2.0), [])
     assert "cannot tell the patterns apart (area under the curve 0.50)" in said
