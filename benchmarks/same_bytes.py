@@ -138,7 +138,7 @@ CASES: dict[str, Callable[[Path], list[Config]]] = {
     "adapter": adapter,
     "multi": multi,
 }
-FIXED = [{"filter": "mlp", "value": 0.25}, {"value": None}]
+FIXED = [{"filter": "mlp", "value": 0.25}]
 
 
 def merge(tree: Path, merged: Config | list[Config], out: Path, folder: Path) -> None:
@@ -148,10 +148,10 @@ def merge(tree: Path, merged: Config | list[Config], out: Path, folder: Path) ->
     path = folder / f"{out.name}.yml"
     path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
     script = "mergekit-multi" if several else "mergekit-yaml"
-    command = [str(Path(sys.executable).parent / script), path.name, out.name]
+    command = [str(Path(sys.executable).parent / script), path.name]
+    several_to = ["--intermediate-dir", "between", "--out-path", out.name]
+    command += several_to if several else [out.name]
     command += ["--lora-merge-cache", "adapters", "--quiet"]
-    if several:
-        command += ["--intermediate-dir", "between"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True
