@@ -296,7 +296,6 @@ def test_the_examples_of_the_page_run(published, pair, tmp_path):
     assert shard_bytes(here.folder / "merged") == merged
     assert shard_bytes(here.folder / "again") == merged
     assert "owner/name" in published.hub.private
-    assert (here.folder / "rpam_recipe.yml").exists()
 
 
 def test_the_page_quotes_the_computed_sizes(monkeypatch):
