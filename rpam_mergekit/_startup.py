@@ -12,12 +12,11 @@ import os
 import sys
 
 SWITCH = "RPAM_MERGEKIT_AUTOLOAD"
-# mergekit module -> the function of rpam_mergekit.merging.method called once it has run
+# mergekit module -> module and function of ours that is called once it has run
 HOOKS = {
-    "mergekit.merge_methods": "register",
-    "mergekit.plan": "hook_planner",
-    "mergekit.merge": "hook_run_merge",
-    "mergekit.scripts.multimerge": "hook_multimerge",
+    "mergekit.merge_methods": ("rpam_mergekit.merging.method", "register"),
+    "mergekit.merge": ("rpam_mergekit.merging.hooks", "hook_run_merge"),
+    "mergekit.scripts.multimerge": ("rpam_mergekit.merging.hooks", "hook_multimerge"),
 }
 
 
@@ -43,7 +42,7 @@ class _Finder:
 class _Loader:
     """Delegates to the real loader, then calls the hook with the loaded module."""
 
-    def __init__(self, loader, hook: str, finder: _Finder) -> None:
+    def __init__(self, loader, hook: tuple[str, str], finder: _Finder) -> None:
         self.loader, self.hook, self.finder = loader, hook, finder
 
     def __getattr__(self, name):
@@ -55,15 +54,16 @@ class _Loader:
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        plugin = sys.modules.get("rpam_mergekit.merging.method")
-        if plugin is not None and not hasattr(plugin, self.hook):
+        name, function = self.hook
+        plugin = sys.modules.get(name)
+        if plugin is not None and not hasattr(plugin, function):
             # The plugin is being imported, and that imports mergekit.
-            self.finder.put_off.append((self.hook, module))
+            self.finder.put_off.append((function, module))
             return
         try:
-            import rpam_mergekit.merging.method
+            import importlib
 
-            getattr(rpam_mergekit.merging.method, self.hook)(module)
+            getattr(importlib.import_module(name), function)(module)
         except Exception as error:
             self.finder.awaited.clear()
             import warnings

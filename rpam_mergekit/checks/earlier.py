@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rpam_mergekit.checks.examine import MergeRequest
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
@@ -103,13 +103,7 @@ def _lacking(
 ) -> list[str]:
     if layout is None:
         return []
-    infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
-    needed = {
-        request.models.entry(number, info.name)
-        for number in range(len(request.models.others))
-        for info in infos
-    }
-    lacking = sorted(needed - set(file.names))
+    lacking = sorted(set(layout.entries(request.models)) - set(file.names))
     if not lacking:
         return []
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""

@@ -6,7 +6,7 @@ mismatched models only when it writes, after the pre-pass would have run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,140 +14,107 @@ from typing import Any
 import torch
 import yaml
 from mergekit.common import dtype_from_name
-from mergekit.config import MergeConfiguration, ParameterSetting
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.chat.thinking import LONG
-from rpam_mergekit.checks.config_file import check_keys
+from rpam_mergekit.checks.config_file import Document, check_keys
 from rpam_mergekit.checks.inputs import Inputs, merge_models, read_inputs
-from rpam_mergekit.checks.matching import (
+from rpam_mergekit.checks.models import (
     Matched,
+    Replayable,
     head_notes,
     match_models,
     range_findings,
+    replayable,
     taken_notes,
 )
-from rpam_mergekit.checks.replayable import replayable
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.checks.templates import TemplateInUse, template_findings
 from rpam_mergekit.errors import RpamError, collect, first_line, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.models.checkpoint import Layout, MergeModels
+from rpam_mergekit.models.checkpoint import MergeModels
 from rpam_mergekit.models.references import notes
 from rpam_mergekit.models.tokenizers import tokenizer_findings
 from rpam_mergekit.processes import local_device
 from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
 
-NAME = "rpam"
-
-
-def weight_parameter() -> Any:
-    """Return the specification of `weight`, which a user may set per model.
-
-    Imports mergekit's merge methods, which must not be imported from the top of a
-    module that `method` needs: that import is what registers `method`.
-    """
-    from mergekit.merge_methods.base import ParameterScope, ParameterSpec
-
-    return ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
-
-
-@dataclass(frozen=True)
-class MergeRequest:
-    """A config that has passed the checks.
-
-    `calibration` is None where a coefficients file is to be used as it is.
-    `weight_settings` are the user's own `weight:` settings for every other model,
-    highest precedence first. `template` is the chat template in use.
-    """
-
-    settings: RpamSettings
-    models: MergeModels
-    calibration: CalibrationSet | None
-    weight_settings: tuple[tuple[Mapping[str, ParameterSetting] | None, ...], ...]
-    template: TemplateInUse = field(default_factory=TemplateInUse)
-
-    def fixed_weights(self, layout: Layout) -> dict[str, float]:
-        """Return the weights the user set, by entry, as mergekit resolves them."""
-        from mergekit.parameter_resolver import resolve_parameter
-
-        fixed, weight = {}, weight_parameter()
-        last = max(len(layout.layers) - 1, 1)
-        groups = [(0.0, layout.outside)]
-        groups += [(i / last, layer) for i, layer in enumerate(layout.layers)]
-        if len(layout.layers) == 1:
-            groups[1] = (1.0, layout.layers[0])
-        for number, settings in enumerate(self.weight_settings):
-            for t, infos in groups:
-                for info in infos:
-                    value = resolve_parameter(
-                        weight, settings, tensor_name=info.name, t=t
-                    )
-                    if value is not None:
-                        fixed[self.models.entry(number, info.name)] = value
-        return fixed
-
 
 @dataclass
-class Examined:
-    """What a config asks for, everything wrong with it, and what is worth a look.
+class Examination:
+    """What was found out about one config. A finding stops a merge, a note does not.
 
-    `request` is None where findings keep it from being understood. `matched` is what
-    was read of the models.
+    request: what the config asks for, None where findings keep it from being
+    understood. matched: what was read of the models. replayable: the tensors of the
+    merge and the decoder that runs them, queries: the encoded calibration queries, as
+    far as those have been looked at. document: the file that the config stands in.
     """
 
     request: MergeRequest | None = None
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     matched: Matched = field(default_factory=Matched)
+    replayable: Replayable | None = None
+    queries: Sequence[EncodedQuery] = ()
+    document: Document | None = None
 
 
-def check_config(
+def examine_merge(
     config: MergeConfiguration, options: MergeOptions, source: str | None = None
-) -> MergeRequest:
-    """Return what `config` asks for; raise `RpamError` with everything wrong with it.
-
-    See `check_merge`.
-    """
-    request = check_merge(config, options, source).request
-    assert request is not None
-    return request
-
-
-def check_merge(
-    config: MergeConfiguration, options: MergeOptions, source: str | None = None
-) -> Examined:
-    """Return what is to be said of `config`; raise `RpamError` if anything is wrong.
+) -> Examination:
+    """Examine a config that is about to be merged; raise `RpamError` on any finding.
 
     `source` is the YAML text, in which keys are still visible that mergekit drops.
-    Models that lie on the Hub are checked as far as that goes without their weights.
+    Models that lie on the Hub are examined as far as that goes without their weights.
     """
-    findings = check_keys(yaml.safe_load(source)) if source else []
-    examined = examine(config, options)
-    findings += examined.findings
-    request, matched = examined.request, examined.matched
-    downloads = any(header.to_download for header in matched.headers.values())
-    if request is not None and downloads and not findings:
-        base = matched.configs[request.models.base]
-        collect(
-            findings,
-            partial(replayable, config, request.models, base, matched.headers, options),
-        )
-    refuse(findings)
-    return examined
+    examination = examine(config, options)
+    if source:
+        examination.findings[:0] = check_keys(yaml.safe_load(source))
+    headers = examination.matched.headers.values()
+    if any(header.to_download for header in headers) and not examination.findings:
+        look_at_layers(config, examination, options)
+    refuse(examination.findings)
+    return examination
+
+
+def look_at_layers(
+    config: MergeConfiguration, examination: Examination, options: MergeOptions
+) -> None:
+    """Find out whether the layers can be merged and replayed, by names and shapes."""
+    request, matched = examination.request, examination.matched
+    if request is None:
+        return
+    models = request.models
+    seen = collect(
+        examination.findings,
+        partial(
+            replayable,
+            config,
+            models,
+            matched.configs[models.base],
+            matched.headers,
+            options,
+        ),
+    )
+    if isinstance(seen, str):
+        examination.notes.append(f"whether the layers fit was not looked at: {seen}")
+    else:
+        examination.replayable = seen
 
 
 def examine(
     config: MergeConfiguration,
     options: MergeOptions,
     later: Collection[str] = (),
-) -> Examined:
+) -> Examination:
     """Return what can be said of a config; everything but its keys is looked at.
 
     `later` are names that are no models yet, but other merges of the same file.
     """
-    found = Examined()
+    found = Examination()
     inputs = read_inputs(config)
     found.findings += inputs.findings
     models = collect(found.findings, partial(merge_models, config, inputs))
@@ -206,7 +173,7 @@ def _examine_models(
     inputs: Inputs,
     options: MergeOptions,
     later: Collection[str],
-    found: Examined,
+    found: Examination,
 ) -> None:
     names = [model for model in models.every if model.model.path in later]
     found.notes += [
@@ -232,7 +199,7 @@ def _examine_template(
     models: MergeModels,
     settings: RpamSettings,
     calibration: CalibrationSet | None,
-    found: Examined,
+    found: Examination,
 ) -> TemplateInUse:
     tokenizers = found.matched.tokenizers
     queries = calibration.queries if calibration else ()

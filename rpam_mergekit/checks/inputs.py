@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import (
@@ -46,6 +45,11 @@ class Inputs:
     layer_ranges: Sequence[tuple[str, tuple[int, int]]] = ()
     findings: list[str] = field(default_factory=list)
 
+    @property
+    def layers(self) -> list[int]:
+        """The input layer of every output layer; empty where there are no slices."""
+        return [n for _, (start, end) in self.layer_ranges for n in range(start, end)]
+
 
 def read_inputs(config: MergeConfiguration) -> Inputs:
     """Return the models that a config names; what is unclear is in `findings`."""
@@ -71,20 +75,6 @@ def read_inputs(config: MergeConfiguration) -> Inputs:
         inputs = _of_slices(f"{where}.slices", module.slices or [], config)
         return Inputs(inputs.named, inputs.layer_ranges, findings + inputs.findings)
     return Inputs([])
-
-
-def cut_config(config: Any, inputs: Inputs) -> None:
-    """Give a sliced model's transformers config the layer types of its own layers.
-
-    mergekit changes the number of layers alone, which transformers then refuses.
-    """
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    if types and inputs.layer_ranges:
-        layers = [
-            n for _, (start, end) in inputs.layer_ranges for n in range(start, end)
-        ]
-        text.layer_types = [types[number] for number in layers]
 
 
 def _of_models(where: str, models: Sequence[InputModelDefinition]) -> list[Input]:

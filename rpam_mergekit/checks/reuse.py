@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from rpam_mergekit import __version__
 from rpam_mergekit.chat.prompts import EncodedQuery
-from rpam_mergekit.checks.examine import MergeRequest
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.formats.solved_layers import Solution
@@ -146,13 +146,7 @@ def reusable(
                 "another one."
             )
     if request.calibration is None:
-        infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
-        needed = {
-            models.entry(number, info.name)
-            for number in range(len(models.others))
-            for info in infos
-        }
-        lacking = sorted(needed - set(file.names))
+        lacking = sorted(set(layout.entries(models)) - set(file.names))
         if lacking:
             raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
         return True

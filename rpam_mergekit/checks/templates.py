@@ -15,6 +15,7 @@ from mergekit.config import MergeConfiguration
 from rpam_mergekit.chat.template_rewriting import Template, without_opening
 from rpam_mergekit.chat.thinking import LONG, ThinkingMode, opens, thinking_of
 from rpam_mergekit.formats.calibration import CalibrationQuery
+from rpam_mergekit.models.patches import set_chat_template
 from rpam_mergekit.settings import NO_BRACKETS, RpamSettings
 
 Tokenizers = Mapping[ModelReference, Any]
@@ -25,8 +26,6 @@ def template_findings(config: MergeConfiguration, tokenizers: Tokenizers) -> lis
 
     `tokenizers` are those of the models that have one.
     """
-    from mergekit.merge import _set_chat_template
-
     if config.chat_template == "auto":
         templates = Counter(str(t.chat_template or "") for t in tokenizers.values())
         del templates[""]
@@ -39,7 +38,7 @@ def template_findings(config: MergeConfiguration, tokenizers: Tokenizers) -> lis
             "out for that of base_model, or name one."
         ]
     try:
-        _set_chat_template(SimpleNamespace(), config)
+        set_chat_template(SimpleNamespace(), config)
     except RuntimeError:
         return [
             f"chat_template: found '{config.chat_template}', which is neither the name "
@@ -56,8 +55,6 @@ def template_in_use(
 
     The config's `chat_template`, as mergekit resolves it, or that of the base.
     """
-    from mergekit.merge import _set_chat_template
-
     own = tokenizers[base].chat_template if base in tokenizers else None
     if config.chat_template == "auto":
         templates = Counter(
@@ -66,7 +63,7 @@ def template_in_use(
         return templates.most_common(1)[0][0] if templates else own
     found = SimpleNamespace(chat_template=own)
     with suppress(RuntimeError):  # which `template_findings` says
-        _set_chat_template(found, config)
+        set_chat_template(found, config)
     return found.chat_template
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import read_documents
-from rpam_mergekit.checks.examine import NAME
-from rpam_mergekit.checks.inspection import Inspection, inspect
+from rpam_mergekit.checks.config_file import Document, read_documents
+from rpam_mergekit.checks.examine import Examination
+from rpam_mergekit.checks.examine_document import examine_document
+from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.cli.summary import estimate_lines, summary_lines
 from rpam_mergekit.errors import RpamError, refuse
-from rpam_mergekit.models.references import reachable
+from rpam_mergekit.models.patches import hub_cache
 
 
 @click.command("check", cls=PrettyPrintHelp)
@@ -36,21 +37,21 @@ def check_command(
       mergekit-rpam check rpam.yml --device cuda
     """
     merge_options.apply_global_options()
-    with reachable(merge_options):
-        inspections = _inspect_all(config_file, merge_options)
-        for inspection in inspections:
-            _tell(inspection, merge_options, not no_estimate)
+    with hub_cache(merge_options):
+        examinations = _examine_all(config_file, merge_options)
+        for examination in examinations:
+            _tell(examination, merge_options, not no_estimate)
     refuse(
         [
             finding
-            for one in inspections
-            for finding in _named(one, one.document.located(one.findings))
+            for one in examinations
+            for finding in _named(one, _document(one).located(one.findings))
         ]
     )
     click.echo("no problems found")
 
 
-def _inspect_all(config_file: str, options: MergeOptions) -> list[Inspection]:
+def _examine_all(config_file: str, options: MergeOptions) -> list[Examination]:
     documents = read_documents(config_file)
     names = [document.name for document in documents]
     several = len(documents) > 1
@@ -70,32 +71,37 @@ def _inspect_all(config_file: str, options: MergeOptions) -> list[Inspection]:
     if not ours:
         raise RpamError(f"{config_file}: none of its configs is of {NAME}.")
     others = {name for name in names if name is not None} if several else set()
-    found = [inspect(document, options, others) for document in ours]
+    found = [examine_document(document, options, others) for document in ours]
     found[0].findings[:0] = findings
     return found
+
+
+def _document(examination: Examination) -> Document:
+    assert examination.document is not None  # `examine_document` puts it there
+    return examination.document
 
 
 def _which(name: str | None) -> str:
     return "the config without a name" if name is None else f"config '{name}'"
 
 
-def _named(inspection: Inspection, lines: Sequence[str]) -> Iterator[str]:
+def _named(examination: Examination, lines: Sequence[str]) -> Iterator[str]:
     """Yield lines with the name of the config that they are about, if it has one."""
-    name = inspection.document.name
+    name = _document(examination).name
     for line in lines:
         yield line if name is None else f"{name}: {line}"
 
 
-def _tell(inspection: Inspection, options: MergeOptions, estimates: bool) -> None:
+def _tell(examination: Examination, options: MergeOptions, estimates: bool) -> None:
     """Print the notes on a config, and what it asks for if nothing is wrong."""
     measured: list[str] = []
-    if estimates and not inspection.findings:
+    if estimates and not examination.findings:
         try:
-            measured = list(estimate_lines(inspection, options))
+            measured = list(estimate_lines(examination, options))
         except RpamError as error:  # such as a disk that is too small
-            inspection.findings += error.findings
-    for note in _named(inspection, inspection.notes):
+            examination.findings += error.findings
+    for note in _named(examination, examination.notes):
         click.echo(f"note: {note}")
-    if not inspection.findings:
-        for line in (*summary_lines(inspection), *measured):
+    if not examination.findings:
+        for line in (*summary_lines(examination), *measured):
             click.echo(line)

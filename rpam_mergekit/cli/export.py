@@ -10,13 +10,14 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import NAME, check_merge
+from rpam_mergekit.checks.examine import examine_merge
+from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.checks.reuse import fingerprint_of, reusable
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.merging.planned import Planned, plan
-from rpam_mergekit.models.references import reachable
+from rpam_mergekit.merging.merge import Merge
+from rpam_mergekit.models.patches import hub_cache
 from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.outputs.stock_recipe import (
     RECIPE,
@@ -74,18 +75,19 @@ def export_command(
     parameters = {**(config.parameters or {}), "coefficients": coefficients}
     parameters.pop("calibration", None)  # not needed, and perhaps not here
     config.parameters = parameters
-    with reachable(merge_options):
-        examined = check_merge(config, merge_options, document.text)
-        assert examined.request is not None
-        refuse_unsayable(config, examined.request.models)
-        config = examined.request.template.named_in(config)
+    with hub_cache(merge_options):
+        examination = examine_merge(config, merge_options, document.text)
+        assert examination.request is not None
+        refuse_unsayable(config, examination.request.models)
+        config = examination.request.template.named_in(config)
         path = local_path(coefficients, "COEFFICIENTS")
         if out is None:
             out = Path(RECIPE) if _in_cache(path) else path.with_name(RECIPE)
-        planned = plan(config, merge_options, examined)
-        write_recipe(out, _recipe(planned, path))
+        merge = Merge(config, merge_options, examination)
+        merge.load()
+        write_recipe(out, _recipe(merge, path))
     command = ["mergekit-yaml", str(out), "OUT", *_passed_on(merge_options)]
-    planned.say(f"rpam: the recipe merges without this package: {shlex.join(command)}")
+    merge.say(f"rpam: the recipe merges without this package: {shlex.join(command)}")
     click.echo(str(out))
 
 
@@ -98,15 +100,15 @@ def _in_cache(path: Path) -> bool:
     return any(p.parent.name.startswith(("models--", "datasets--")) for p in of_cache)
 
 
-def _recipe(planned: Planned, path: Path) -> str:
+def _recipe(merge: Merge, path: Path) -> str:
     """Return the recipe that gives the same bytes as a merge by the file `path`.
 
     Raises `RpamError` where there is none, or the file is of another merge.
     """
-    request, config, layout = planned.request, planned.config, planned.layout
+    request, config, layout = merge.request, merge.config, merge.layout
     file = CoefficientsFile(path, request.settings.reasoning)
     asked = dataclasses.replace(request, calibration=None)
-    reusable(path, fingerprint_of(asked, planned.fixed, config, []), asked, layout)
+    reusable(path, fingerprint_of(asked, merge.fixed, config, []), asked, layout)
     return recipe_text(config, request, layout, file)
 
 

@@ -8,11 +8,12 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import NAME, check_merge
+from rpam_mergekit.checks.examine import examine_merge
+from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.merging.fit import coefficients_of
-from rpam_mergekit.merging.planned import plan
-from rpam_mergekit.models.references import reachable
+from rpam_mergekit.merging.fit import fit
+from rpam_mergekit.merging.merge import Merge
+from rpam_mergekit.models.patches import hub_cache
 from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.processes import joined, local_device
 
@@ -52,16 +53,17 @@ def fit_command(
         )
     if out is not None:
         config.parameters = {**(config.parameters or {}), "coefficients": str(out)}
-    with reachable(merge_options):
-        examined = check_merge(config, merge_options, document.text)
-        assert examined.request is not None
-        if examined.request.settings.coefficients is None:
+    with hub_cache(merge_options):
+        examination = examine_merge(config, merge_options, document.text)
+        assert examination.request is not None
+        if examination.request.settings.coefficients is None:
             raise RpamError(
                 "the coefficients file has no name: give --out, or name it in "
                 "parameters.coefficients."
             )
         with joined(local_device(merge_options.device or "cpu")) as processes:
-            planned = plan(config, merge_options, examined, processes)
-            path = coefficients_of(planned, IN_OUTPUT)
+            merge = Merge(config, merge_options, examination, processes)
+            merge.load()
+            path = fit(merge, IN_OUTPUT)
     if processes.rank == 0:
         click.echo(str(path))

@@ -51,7 +51,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in HEAVY:
             return super().get_command(ctx, name)
-        from rpam_mergekit.merging.method import activate
+        from rpam_mergekit.merging.hooks import activate
 
         activate()
         module, _ = HEAVY[name]
@@ -87,7 +87,7 @@ class _Group(click.Group):
 
 def _merge_command(mergekit_yaml: click.Command) -> click.Command:
     """Return mergekit-yaml under our name; merges by any method work offline."""
-    from rpam_mergekit.outputs.record import folders_are_local
+    from rpam_mergekit.models.patches import folders_are_local
 
     command = copy.copy(mergekit_yaml)
     command.help = """Run the merge that CONFIG_FILE describes into OUT_PATH.
@@ -112,7 +112,7 @@ def _read_ours(config: str) -> None:
     Of other methods, mergekit says itself what is wrong.
     """
     from rpam_mergekit.checks.config_file import read_config, read_documents
-    from rpam_mergekit.checks.examine import NAME
+    from rpam_mergekit.checks.request import NAME
 
     document = read_documents(config)[0]
     if document.content.get("merge_method", NAME) == NAME:

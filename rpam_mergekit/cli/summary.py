@@ -19,9 +19,10 @@ from rpam_mergekit.checks.estimate import (
     merging_bytes,
     outside_bytes,
 )
-from rpam_mergekit.checks.examine import MergeRequest
-from rpam_mergekit.checks.inspection import Inspection, writes_to
-from rpam_mergekit.checks.replayable import Replayable
+from rpam_mergekit.checks.examine import Examination
+from rpam_mergekit.checks.examine_document import writes_to
+from rpam_mergekit.checks.models import Replayable
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.models.headers import BITS, Header, Tensor
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
@@ -39,12 +40,12 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 WORDS = {short: long for long, short in DTYPES.items()}
 
 
-def summary_lines(inspection: Inspection) -> Iterator[str]:
+def summary_lines(examination: Examination) -> Iterator[str]:
     """Yield what a config asks for, one thing a line."""
-    request, config = inspection.found.request, inspection.document.config
-    if request is None or config is None:
+    request, document = examination.request, examination.document
+    if request is None or document is None or document.config is None:
         return
-    headers = inspection.found.matched.headers
+    headers = examination.matched.headers
     rows = [
         [f"{role}, {pattern}", str(model), *_described(headers.get(model))]
         for role, pattern, model in zip(
@@ -55,15 +56,16 @@ def summary_lines(inspection: Inspection) -> Iterator[str]:
         )
     ]
     yield from _left(rows)
-    if inspection.models is not None:
-        decoder = inspection.models.decoder
+    if examination.replayable is not None:
+        decoder = examination.replayable.decoder
         yield f"{type(decoder.model).__name__}, {len(decoder.layers)} decoder layers"
+    config = document.config
     dtype = config.dtype or "the checkpoints' dtype"
     yield f"computed in float32 from {dtype}, written in {config.out_dtype or dtype}"
-    if inspection.queries:
-        patterns = Counter(query.pattern for query in inspection.queries)
+    if examination.queries:
+        patterns = Counter(query.pattern for query in examination.queries)
         counts = ", ".join(f"{n} {pattern}" for pattern, n in patterns.items())
-        tokens = sum(len(query.ids) for query in inspection.queries)
+        tokens = sum(len(query.ids) for query in examination.queries)
         yield f"{counts} queries, {tokens} tokens"
     changed = ", ".join(_changed(request.settings))
     yield f"settings other than the defaults: {changed or 'none'}"
@@ -108,31 +110,32 @@ def _changed(settings: RpamSettings) -> Iterator[str]:
             yield f"{name} {value}"
 
 
-def estimate_lines(inspection: Inspection, options: MergeOptions) -> Iterator[str]:
+def estimate_lines(examination: Examination, options: MergeOptions) -> Iterator[str]:
     """Yield what the merge will take, measuring this device for a second.
 
     Raises `RpamError` if the disk is too small. Adds a note if memory seems to be.
     """
-    request, seen = inspection.found.request, inspection.models
-    if request is None or seen is None:
+    request, seen = examination.request, examination.replayable
+    document = examination.document
+    if request is None or seen is None or document is None:
         return
-    headers = inspection.found.matched.headers
+    headers = examination.matched.headers
     download = sum(h.bytes for h in headers.values() if h.to_download)
     folder, others = writes_to(request), len(request.models.others)
     kept = coefficient_bytes(seen.decoder, request.settings, others)
     rows = [["download", readable(download)]] if download else []
-    model = _model_bytes(seen, headers, inspection.document.config)
+    model = _model_bytes(seen, headers, document.config)
     rows.append(["disk, merged model", readable(model)])
-    if inspection.queries:
+    if examination.queries:
         rows.append(["disk, coefficients", f"{readable(kept)}, twice while it runs"])
         check_disk(folder, 2 * kept, "the coefficients, by layer and as a whole,")
-        rows += _of_prepass(inspection, request, seen, folder, options)
+        rows += _of_prepass(examination, request, seen, folder, options)
     yield "estimate:"
     yield from (f"  {line}" for line in _left(rows))
 
 
 def _of_prepass(
-    inspection: Inspection,
+    examination: Examination,
     request: MergeRequest,
     seen: Replayable,
     folder: Path,
@@ -140,7 +143,7 @@ def _of_prepass(
 ) -> Iterator[list[str]]:
     settings, experts = request.settings, len(request.models.every)
     solving, held_out = split_queries(
-        inspection.queries, settings.held_out, settings.seed
+        examination.queries, settings.held_out, settings.seed
     )
     batches = make_batches(solving, settings)
     probes = make_batches(held_out, settings) * 2  # as many that are solved on
@@ -171,7 +174,7 @@ def _of_prepass(
         else free_host_memory()
     )
     if peak > free:
-        inspection.notes.append(
+        examination.notes.append(
             f"the pre-pass needs about {readable(peak)} of memory, {readable(free)} "
             "are free: lower parameters.max_tokens or parameters.batch_tokens, or set "
             "parameters.activations to disk"
@@ -207,10 +210,9 @@ def _model_bytes(seen: Replayable, headers: Mapping[Any, Header], config: Any) -
     """Return what the merged model's weights take on disk."""
     base = next(iter(headers.values()))
     dtype = DTYPES.get(config.out_dtype or config.dtype or "")
-    every = [*seen.layout.outside, *(i for layer in seen.layout.layers for i in layer)]
     own = dict(seen.decoder.model.named_parameters(remove_duplicate=False))
     total = 0
-    for info in every:
+    for info in seen.layout.weights:
         found = base.tensors.get(info.name)
         if found is None:
             shapes = [p.shape for n, p in own.items() if n.endswith(info.name)]

@@ -1,4 +1,4 @@
-"""From a planned merge to its coefficients file: reused when it fits, or made anew."""
+"""From a merge to its coefficients file: reused if it fits, or made by the pre-pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 
+from rpam_mergekit.chat.prompts import (
+    EncodedQuery,
+    encode_calibration,
+    end_token,
+    make_batches,
+)
 from rpam_mergekit.checks.reuse import (
     alone,
     fingerprint_of,
@@ -19,68 +25,72 @@ from rpam_mergekit.checks.reuse import (
 )
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate.routing_report import closing_text
-from rpam_mergekit.formats.hub_path import is_hub_path, local_path
+from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
     LayerReport,
     SolvedElsewhere,
     SolvedLayers,
     folder_of,
 )
-from rpam_mergekit.merging.planned import Planned, make_room
-from rpam_mergekit.models.checkpoint import Layout
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.prepass.memory import knobs, return_freed_memory
+from rpam_mergekit.merging.merge import Merge
+from rpam_mergekit.models.patches import set_chat_template
+from rpam_mergekit.models.tokenizers import load_tokenizer
+from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.prepass.memory import (
+    activation_bytes,
+    check_disk,
+    choose_shelf,
+    coefficient_bytes,
+    knobs,
+    readable,
+    return_freed_memory,
+)
 from rpam_mergekit.prepass.run import PrePass
+from rpam_mergekit.processes import local_device
+from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.routing.figures import SCALES
+from rpam_mergekit.routing.holdout import as_many, split_queries
 from rpam_mergekit.routing.opening import opening_warning
 from rpam_mergekit.text import aligned
 
+PLACES = {"device": "the device", "host": "the host", "disk": "disk"}
 
-def fit(planner: Any, out_path: str | Path) -> tuple[Path, Layout]:
-    """Return the coefficients file for a merge, running the pre-pass if need be.
 
-    `planner` is mergekit's `MergePlanner`. The file lies where
-    `parameters.coefficients` says, or in `rpam/` of the output folder, where loaders
-    that read every safetensors file of a model's folder do not see it. Raises
-    `RpamError` for whatever cannot be merged, before the pre-pass.
+def fit(merge: Merge, default: Path) -> Path:
+    """Return the coefficients file of a merge, running the pre-pass if need be.
+
+    It lies where `parameters.coefficients` says, else at `default`. Of several
+    processes the first reads and writes it. Raises `RpamError` for whatever cannot be
+    merged, before the pre-pass.
     """
-    planned = Planned(planner)
-    return coefficients_of(planned, Path(out_path) / IN_OUTPUT), planned.layout
-
-
-def coefficients_of(planned: Planned, default: Path) -> Path:
-    """Return the coefficients file of a planned merge, `default` if it has no name.
-
-    Of several processes the first reads and writes it.
-    """
-    request, processes = planned.request, planned.processes
-    named = request.settings.coefficients
-    path = local_path(named, "parameters.coefficients") if named else default
+    request, processes = merge.request, merge.processes
+    named, path = request.settings.coefficients, merge.coefficients(default)
     if request.calibration is None and not path.exists():
         raise RpamError(
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
         )
-    planned.say_notes()
+    merge.say_notes()
     if request.calibration is None:
-        made_from = fingerprint_of(request, planned.fixed, planned.config, [])
-        reusable(path, made_from, request, planned.layout)
-        planned.say(f"rpam: coefficients taken from {named}")
+        made_from = fingerprint_of(request, merge.fixed, merge.config, [])
+        reusable(path, made_from, request, merge.layout)
+        merge.say(f"rpam: coefficients taken from {named}")
         return path
     return_freed_memory()
-    queries = planned.queries()
-    prepass = planned.prepass(queries)
+    queries, end = encode_queries(merge)
+    prepass = prepass_of(merge, queries, end)
     first = processes.rank == 0
     fingerprint = processes.tell(
-        fingerprint_of(request, planned.fixed, planned.config, queries) if first else {}
+        fingerprint_of(request, merge.fixed, merge.config, queries) if first else {}
     )
     on_hub = named is not None and is_hub_path(named)
-    with alone(path, planned.say) if first and not on_hub else nullcontext():
+    with alone(path, merge.say) if first and not on_hub else nullcontext():
         if processes.tell(
             first
             and path.exists()
-            and reusable(path, fingerprint, request, planned.layout)
+            and reusable(path, fingerprint, request, merge.layout)
         ):
-            planned.say(f"rpam: coefficients reused from {named or path}")
+            merge.say(f"rpam: coefficients reused from {named or path}")
             return path
         if on_hub:
             raise RpamError(
@@ -89,57 +99,144 @@ def coefficients_of(planned: Planned, default: Path) -> Path:
                 "rewritten. Leave parameters.calibration out to merge by it as it is, "
                 "or name a file on this machine."
             )
-        _solve(planned, prepass, path, fingerprint)
-    planned.say(f"rpam: coefficients written to {path}")
+        _solve(merge, prepass, path, fingerprint)
+    merge.say(f"rpam: coefficients written to {path}")
     del prepass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return path
 
 
+def encode_queries(merge: Merge) -> tuple[list[EncodedQuery], int | None]:
+    """Return the drawn calibration queries as the merged model will see them.
+
+    And the token that ends its turns.
+    """
+    tokenizer = load_tokenizer(merge.models.base, merge.options)
+    set_chat_template(tokenizer, merge.config)
+    assert merge.request.calibration is not None
+    queries, notes = encode_calibration(
+        merge.request.calibration,
+        tokenizer,
+        merge.base_config.get_text_config().vocab_size,
+        merge.request.settings,
+        merge.request.template.thinking,
+    )
+    for note in notes:
+        merge.say(f"rpam: {note}")
+    return queries, end_token(tokenizer)
+
+
+def prepass_of(
+    merge: Merge, queries: Sequence[EncodedQuery], end: int | None
+) -> PrePass:
+    """Return the pre-pass of a merge. Raises `RpamError` for what cannot be replayed.
+
+    `end`: the token that ends a turn.
+    """
+    options, settings, config = merge.options, merge.request.settings, merge.config
+    decoder = Decoder(
+        merge.base_config,
+        local_device(options.device or "cpu"),
+        options.trust_remote_code,
+        settings.compute_dtype,
+    )
+    solving, held_out = split_queries(queries, settings.held_out, settings.seed)
+    return PrePass(
+        ExpertWeights(
+            merge.models, merge.layout, decoder, config.dtype, config.out_dtype
+        ),
+        make_batches(solving, settings),
+        settings,
+        fixed=merge.fixed,
+        processes=merge.processes,
+        quiet=options.quiet,
+        held_out=make_batches(held_out, settings),
+        of_solved=make_batches(as_many(solving, held_out, settings.seed), settings),
+        end=end,
+    )
+
+
+def make_room(prepass: PrePass, folder: Path) -> str:
+    """Give the pre-pass a shelf, with files in `folder`; return what lies where.
+
+    Raises `RpamError` if the disk is too small for them or for the coefficients.
+    """
+    settings, processes = prepass.settings, prepass.processes
+    check_disk(
+        folder,
+        2 * coefficient_bytes(prepass.decoder, settings, len(prepass.models.others)),
+        "the coefficients, by layer and as a whole,",
+    )
+    width = prepass.decoder.model.config.get_text_config().hidden_size
+    experts = len(prepass.models.every)
+    size = activation_bytes(prepass.batches, width, experts)
+    probes = [batch for of in prepass.measured.values() for batch in of]
+    size += activation_bytes(probes, width, experts + len(SCALES))
+    prepass.shelf = choose_shelf(
+        settings.activations,
+        size // processes.count,
+        prepass.decoder.device,
+        folder / f"activations-{processes.rank}",
+    )
+    queries = sum(len(batch.patterns) for batch in prepass.batches)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in prepass.batches)
+    steps, count = settings.steps_of(len(prepass.batches)), len(prepass.batches)
+    seen = (
+        f"; {steps} steps a layer see {steps / count:.0%} of the {count} batches"
+        if settings.solver == "adam" and steps < count
+        else ""
+    )
+    of = f", {processes.count} processes" if processes.count > 1 else ""
+    return (
+        f"{queries} queries, {tokens} tokens; activations of {readable(size)} on "
+        f"{PLACES[prepass.shelf.place]}{of}{seen}"
+    )
+
+
 def _solve(
-    planned: Planned, prepass: PrePass, path: Path, fingerprint: Mapping[str, Any]
+    merge: Merge, prepass: PrePass, path: Path, fingerprint: Mapping[str, Any]
 ) -> None:
     """Run the pre-pass, behind what an earlier run has solved; write the file."""
-    first = planned.processes.rank == 0
+    first = merge.processes.rank == 0
     solved = (SolvedLayers if first else SolvedElsewhere)(
         unfinished(path) / folder_of(fingerprint)
     )
     if solved:
-        planned.say(
-            f"rpam: {len(solved)} of {len(planned.layout.layers)} layers were solved "
+        merge.say(
+            f"rpam: {len(solved)} of {len(merge.layout.layers)} layers were solved "
             f"by a run that did not end; going on behind them ({solved.folder})"
         )
-    planned.say(f"rpam: {make_room(prepass, solved.folder)}")
+    merge.say(f"rpam: {make_room(prepass, solved.folder)}")
     with knobs(prepass.settings, prepass.shelf):
-        opens = _opening(planned, prepass)
+        opens = _opening(merge, prepass)
     solution = replace(prepass.run(solved), opens=opens)
     if first:
-        write_solution(path, solution, planned.models, planned.layout, fingerprint)
-        planned.say(layer_table(solution.layers))
-        planned.say(
+        write_solution(path, solution, merge.models, merge.layout, fingerprint)
+        merge.say(layer_table(solution.layers))
+        merge.say(
             closing_text(
                 solution.operating_point.record(), [asdict(r) for r in solution.layers]
             )
         )
         solved.remove()
-    planned.processes.tell(None)  # nobody leaves before the file is there
+    merge.processes.tell(None)  # nobody leaves before the file is there
 
 
-def _opening(planned: Planned, prepass: PrePass) -> float | None:
+def _opening(merge: Merge, prepass: PrePass) -> float | None:
     """Return how likely Long opens its thinking by itself; say it if it is not.
 
     None where the template in use does not open it.
     """
-    if not planned.request.template.thinking.takes_out:
+    if not merge.request.template.thinking.takes_out:
         return None
     opens = prepass.opening_probability()
     if opens is not None:
-        models = planned.models
+        models = merge.models
         model = str(models.every[models.patterns.index("long")])
         weight = prepass.settings.opening_weight
         if warning := opening_warning(opens, model, weight):
-            planned.say(f"rpam: {warning}")
+            merge.say(f"rpam: {warning}")
     return opens
 
 

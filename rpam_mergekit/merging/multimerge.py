@@ -3,7 +3,7 @@
 It takes every text of a config for the name of a model, looks at a config only when
 its turn has come, and skips any output that exists. For configs of `rpam` models
 alone are models, all are looked at before the first merge, and an output is skipped
-only if it is what would come (see `lazy`). `method` puts the functions whose first
+only if it is what would come (see `stale`). `hooks` puts the functions whose first
 argument is `original` in the place of mergekit's.
 """
 
@@ -22,13 +22,13 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from rpam_mergekit.checks.config_file import check_keys
-from rpam_mergekit.checks.examine import NAME, examine
+from rpam_mergekit.checks.examine import examine
 from rpam_mergekit.checks.inputs import not_passed_on
+from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.merging.stale import NEXT, check_up_to_date, forget_other_models
-from rpam_mergekit.models.references import reachable
+from rpam_mergekit.models.patches import folders_are_local, hub_cache
 from rpam_mergekit.outputs.folder import RECORD
-from rpam_mergekit.outputs.record import folders_are_local
 
 
 def load_config(original: Any, config_source: str, intermediate_dir: str) -> Any:
@@ -101,7 +101,7 @@ def make_tasks(
     }
     ours = {n: c for n, c in merge_configs.items() if c.merge_method == NAME}
     findings = []
-    with reachable(merge_options):
+    with hub_cache(merge_options):
         for name, config in ours.items():
             found = list(not_passed_on(config))
             found += found or examine(config, merge_options, outputs).findings
@@ -132,7 +132,7 @@ def execute(original: Any, task: Any, **inputs: Any) -> Any:
         if task.lazy and _would_skip(out):
             _check_time(out, task)
     else:
-        with reachable(task.options):
+        with hub_cache(task.options):
             if not task.lazy:
                 forget_other_models(config, out, task.options)
             elif _would_skip(out):

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.models.checkpoint import digest, unreadable
+from rpam_mergekit.models.patches import merged_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # peft's order
@@ -150,8 +151,7 @@ def merged_folder(model: ModelReference, options: MergeOptions) -> Path | None:
     """Return where mergekit keeps a merged adapter."""
     if model.lora is None or options.lora_merge_cache is None:
         return None
-    name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
-    return Path(options.lora_merge_cache) / name
+    return Path(options.lora_merge_cache) / merged_name(model)
 
 
 def _not_usable(

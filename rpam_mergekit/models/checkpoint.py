@@ -78,6 +78,19 @@ class Layout:
     outside: tuple[WeightInfo, ...]
     entering: tuple[WeightInfo, ...]
 
+    @property
+    def weights(self) -> list[WeightInfo]:
+        """All tensors, those outside the layers first."""
+        return [*self.outside, *(info for layer in self.layers for info in layer)]
+
+    def entries(self, models: MergeModels) -> list[str]:
+        """Return the names of all coefficients that a merge of `models` needs."""
+        return [
+            models.entry(number, info.name)
+            for number in range(len(models.others))
+            for info in self.weights
+        ]
+
 
 def plan_layout(
     architecture: ModelArchitecture,

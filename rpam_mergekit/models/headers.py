@@ -7,8 +7,7 @@ the first kilobytes of their files: no weights are downloaded.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 from mergekit.common import ModelReference
-from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 
@@ -106,23 +105,6 @@ def compare_shapes(
     return findings
 
 
-@contextmanager
-def known(headers: Mapping[ModelReference, Header]) -> Iterator[None]:
-    """Let mergekit find the tensors' names where it would download the weights.
-
-    Loading a weight fails within.
-    """
-    loaders = LoaderCache.loaders
-    LoaderCache.loaders = {
-        **{model: _loader(header) for model, header in headers.items()},
-        **loaders,
-    }
-    try:
-        yield
-    finally:
-        LoaderCache.loaders = loaders
-
-
 def cached_folder(model: ModelReference) -> Path | None:
     """Return the folder of a Hub model whose weights are in the cache, or None."""
     config = try_to_load_from_cache(
@@ -179,16 +161,6 @@ def _on_hub(model: ModelReference) -> Header:
         for tensor, info in file.tensors.items()
     }
     return Header(tensors, found.weight_map, to_download=True)
-
-
-def _loader(header: Header) -> LazyTensorLoader:
-    index = ShardedTensorIndex(
-        base_path="",
-        is_safetensors=header.safetensors,
-        tensor_paths=dict(header.files),
-        shards=[],
-    )
-    return LazyTensorLoader(index)
 
 
 def unknown_notes(headers: Mapping[ModelReference, Header]) -> Sequence[str]:

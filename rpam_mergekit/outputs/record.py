@@ -9,25 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.options import MergeOptions
 
 from rpam_mergekit.chat.thinking import ThinkingMode
-from rpam_mergekit.checks.examine import MergeRequest
 from rpam_mergekit.checks.inputs import read_inputs
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_from
-from rpam_mergekit.models.checkpoint import digest_of_file, plan_layout
+from rpam_mergekit.models.checkpoint import Layout, digest_of_file
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.outputs.card import PAPER, complete
 from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD
@@ -47,28 +45,12 @@ def begin(out_path: str | Path) -> None:
         (Path(out_path) / name).unlink(missing_ok=True)
 
 
-@contextmanager
-def folders_are_local() -> Iterator[None]:
-    """Let mergekit's model card take a folder for a folder.
-
-    It asks the Hub about relative ones like `steps/first`: without a network a merge
-    ends there, when its weights are written, and with one the card has a link.
-    """
-    from mergekit import card  # not at the top, as `check.weight_parameter` says
-
-    asked = card.is_hf
-    card.is_hf = lambda path: not os.path.isdir(path) and asked(path)
-    try:
-        yield
-    finally:
-        card.is_hf = asked
-
-
 def finish(
     out_path: str | Path,
     config: MergeConfiguration,
     request: MergeRequest,
     options: MergeOptions,
+    layout: Layout,
     removed: bool = False,
 ) -> str | None:
     """Complete the folder of a merge that has been written; `rpam.json` comes last.
@@ -86,7 +68,8 @@ def finish(
     reason = None
     if not finer_entries(file):
         try:
-            write_recipe(folder / RECIPE, _recipe(config, request, options, file))
+            named = request.template.named_in(config)
+            write_recipe(folder / RECIPE, recipe_text(named, request, layout, file))
         except RpamError as error:
             reason = " ".join(error.findings)
     card = folder / "README.md"
@@ -220,16 +203,3 @@ def _calibration(
         counts = Counter(query.pattern for query in request.calibration.queries)
         found["queries"] = {p: counts[p] for p in request.models.patterns}
     return found
-
-
-def _recipe(
-    config: MergeConfiguration,
-    request: MergeRequest,
-    options: MergeOptions,
-    file: CoefficientsFile,
-) -> str:
-    models = request.models
-    base_config = models.base.config(trust_remote_code=options.trust_remote_code)
-    architecture = get_architecture_info(config, options)
-    layout = plan_layout(architecture, base_config, models.every)
-    return recipe_text(request.template.named_in(config), request, layout, file)

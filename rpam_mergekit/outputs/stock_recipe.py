@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 
-from rpam_mergekit.checks.examine import MergeRequest
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.models.checkpoint import Layout, MergeModels, digest_of_file

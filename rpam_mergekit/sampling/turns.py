@@ -220,7 +220,7 @@ def _hub_is_away() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return True
-    from rpam_mergekit.models.references import unreachable
+    from rpam_mergekit.models.patches import unreachable
 
     return unreachable()
 

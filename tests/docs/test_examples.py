@@ -32,7 +32,7 @@ from helpers.models import TINY, save_experts
 from helpers.pages import shell_lines
 from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.checks.config_file import check_keys
-from rpam_mergekit.checks.examine import check_config
+from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
 from rpam_mergekit.cli.check import check_command
 from rpam_mergekit.cli.main import main
@@ -179,9 +179,10 @@ def test_a_pair_of_an_examples_kind_goes_through(name, tmp_path, monkeypatch):
         in (result.output)
     )
     config = yaml.safe_load(text)
-    request = check_config(
+    request = examine_merge(
         MergeConfiguration.model_validate(config), MergeOptions(), text
-    )
+    ).request
+    assert request is not None
     assert request.calibration is not None
     with quiet():
         out = merge_here(config, tmp_path / "out")

@@ -33,7 +33,7 @@ def merge_here(config: dict, out: Path, **options) -> Path:
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
-    from rpam_mergekit.merging.method import activate
+    from rpam_mergekit.merging.hooks import activate
 
     activate()
     LoaderCache().loaders.clear()

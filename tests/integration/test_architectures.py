@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-import rpam_mergekit.merging.planned
+import rpam_mergekit.merging.fit
 from helpers.architectures import (
     BIASES,
     CONV1D,
@@ -36,7 +36,7 @@ from helpers.models import merge_config, save_pair, tiny_config, write_calibrati
 from helpers.paths import ROOT
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, merge
-from rpam_mergekit.merging import method
+from rpam_mergekit.merging import hooks
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.recording import merged_outside
@@ -68,7 +68,7 @@ def prepasses(monkeypatch) -> list[PrePass]:
             super().__init__(*args, **kwargs)
             kept.append(self)
 
-    monkeypatch.setattr(rpam_mergekit.merging.planned, "PrePass", Kept)
+    monkeypatch.setattr(rpam_mergekit.merging.fit, "PrePass", Kept)
     return kept
 
 
@@ -77,7 +77,7 @@ def merge_pair(folder: Path, **parameters) -> Path:
     write_calibration(folder / "calibration.jsonl", count=6)
     settings = {"epochs": 1, "batch_size": 3, "rank": 2, **parameters}
     config = merge_config(folder, parameters=settings)
-    method.activate()
+    hooks.activate()
     mergekit.merge.run_merge(
         MergeConfiguration.model_validate(config),
         str(folder / "out"),

@@ -30,12 +30,13 @@ from helpers.models import (
     save_adapter,
     save_pair,
 )
-from rpam_mergekit.checks.examine import check_config, config_notes
+from rpam_mergekit.checks.examine import config_notes, examine_merge
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.models import patches
 from rpam_mergekit.models.adapters import merge_adapters
 from rpam_mergekit.models.checkpoint import MergeModels, content_digest
 from rpam_mergekit.models.headers import compare_shapes, read_header
-from rpam_mergekit.models.references import public_name, reachable, read_config
+from rpam_mergekit.models.references import public_name, read_config
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def merged(pair, tmp_path_factory) -> Path:
 def refusal(config: dict, **options) -> str:
     """Return the message with which a config is refused before any download."""
     with pytest.raises(RpamError) as error:
-        check_config(MergeConfiguration.model_validate(config), MergeOptions(**options))
+        examine_merge(
+            MergeConfiguration.model_validate(config), MergeOptions(**options)
+        )
     return error.value.message
 
 
@@ -264,7 +267,7 @@ def test_weights_that_are_not_in_the_cache(hub_cache, tmp_path, monkeypatch):
     next(cache.glob("*/snapshots/b*/model.safetensors")).unlink()
     options = MergeOptions(transformers_cache=str(cache))
     found = ModelReference.parse("org/name@v1")
-    with reachable(options):
+    with patches.hub_cache(options):
         assert Path(found.local_path(str(cache))).name == "a" * 40
         with pytest.raises(RpamError, match=f"name: its weights are not in .* {cache}"):
             ModelReference.parse("org/name").local_path(str(cache))
@@ -285,7 +288,7 @@ def test_shapes_of_cached_models_are_compared_once_they_are_loaded(
     wide, _ = save_pair(tmp_path, qwen2_config(tokenizer, hidden_size=64), tokenizer)
     models = [ModelReference.parse(name) for name in (str(wide), "org/name")]
     options = MergeOptions(transformers_cache=str(hub_cache))
-    with reachable(options):
+    with patches.hub_cache(options):
         LoaderCache().setup(options)
         for model in models:
             LoaderCache().get(model)

@@ -4,73 +4,52 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.config import ConditionalParameter
-from mergekit.merge import _set_chat_template
+from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.options import MergeOptions
 
-from rpam_mergekit.chat.prompts import EncodedQuery, encode_calibration
+from rpam_mergekit.chat.prompts import encode_calibration
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.earlier import earlier_file
 from rpam_mergekit.checks.examine import (
-    NAME,
-    Examined,
-    MergeRequest,
+    Examination,
     examine,
     examine_parameters,
+    look_at_layers,
 )
 from rpam_mergekit.checks.inputs import not_passed_on
-from rpam_mergekit.checks.matching import taken_notes
-from rpam_mergekit.checks.replayable import Replayable, replayable
-from rpam_mergekit.errors import RpamError, collect, suggestion
+from rpam_mergekit.checks.models import taken_notes
+from rpam_mergekit.checks.request import NAME, MergeRequest
+from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.formats.calibration import CalibrationSet
 from rpam_mergekit.models.adapters import adapter_notes
 from rpam_mergekit.models.checkpoint import Layout
+from rpam_mergekit.models.patches import set_chat_template
 
 
-@dataclass
-class Inspection:
-    """What was found out about one config.
-
-    `found`, `models` and `queries` are there as far as the config could be understood.
-    """
-
-    document: Document
-    findings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    found: Examined = field(default_factory=Examined)
-    models: Replayable | None = None
-    queries: Sequence[EncodedQuery] = ()
-
-
-def inspect(
+def examine_document(
     document: Document, options: MergeOptions, others: Collection[str] = ()
-) -> Inspection:
-    """Look at everything in a config. `others` are the names of merges beside it."""
-    result = Inspection(document, list(document.findings))
-    content = document.content
-    found = content.get("merge_method")
-    wrong = method_finding(found)
+) -> Examination:
+    """Examine everything in a config. `others` are the names of merges beside it."""
+    findings = list(document.findings)
+    wrong = method_finding(document.content.get("merge_method"))
     if wrong:
-        missing = [f for f in result.findings if f.startswith("merge_method:")]
-        result.findings = [f for f in result.findings if f not in missing]
-        result.findings.insert(0, wrong)
+        findings = [f for f in findings if not f.startswith("merge_method:")]
+        findings.insert(0, wrong)
     if document.config is None:
-        _parameters_only(content, result)
-        return result
+        findings += _of_parameters(document.content, findings)
+        return Examination(findings=findings, document=document)
     if others or document.name is not None:
-        result.findings += not_passed_on(document.config)
-    result.found = examine(document.config, options, others)
-    result.findings += result.found.findings
-    result.notes += result.found.notes
-    if result.found.request is not None:
-        _look_inside(result, result.found.request, options)
-    return result
+        findings += not_passed_on(document.config)
+    examination = examine(document.config, options, others)
+    examination.findings[:0] = findings
+    examination.document = document
+    if examination.request is not None:
+        _look_inside(examination, document.config, examination.request, options)
+    return examination
 
 
 def method_finding(found: Any) -> str | None:
@@ -91,44 +70,38 @@ def method_finding(found: Any) -> str | None:
     return f"merge_method: found '{text}'.{suggestion(text, {*known, NAME})}"
 
 
-def _parameters_only(content: Mapping[str, Any], result: Inspection) -> None:
-    """Look at what can be understood of a config that mergekit cannot read."""
+def _of_parameters(content: Mapping[str, Any], told: Sequence[str]) -> list[str]:
+    """Return what else is wrong in a config that mergekit cannot read."""
     parameters = content.get("parameters")
-    said: list[str] = []
+    findings: list[str] = []
     if isinstance(parameters, Mapping):
-        examine_parameters(parameters, None, said)
-    told = {finding.partition(": ")[0] for finding in result.findings}
-    result.findings += [f for f in said if f.partition(": ")[0] not in told]
+        examine_parameters(parameters, None, findings)
+    keys = {finding.partition(": ")[0] for finding in told}
+    return [f for f in findings if f.partition(": ")[0] not in keys]
 
 
 def _look_inside(
-    result: Inspection, request: MergeRequest, options: MergeOptions
+    result: Examination,
+    config: MergeConfiguration,
+    request: MergeRequest,
+    options: MergeOptions,
 ) -> None:
     """Look at what needs models that fit each other."""
-    matched, models, findings = result.found.matched, request.models, result.findings
+    matched, models, findings = result.matched, request.models, result.findings
     read = set(models.every) == set(matched.headers)
     if read and not matched.findings:
         result.notes += taken_notes(models, matched.configs)
         for model in models.every:
             result.notes += adapter_notes(model)
-        base = matched.configs[models.base]
-        config = result.document.config
-        assert config is not None
-        seen = collect(
-            findings,
-            partial(replayable, config, models, base, matched.headers, options),
-        )
-        if isinstance(seen, str):
-            result.notes.append(f"whether the layers fit was not looked at: {seen}")
-        elif seen is not None:
-            result.models = seen
-            result.notes += _weights(request, seen.layout, findings)
-    layout = result.models.layout if result.models is not None else None
+        look_at_layers(config, result, options)
+        if result.replayable is not None:
+            result.notes += _weights(request, result.replayable.layout, findings)
+    layout = result.replayable.layout if result.replayable is not None else None
     wrong, notes = earlier_file(request, layout)
     findings += wrong
     result.notes += notes
     if models.base in matched.tokenizers and request.calibration is not None:
-        _encode(result, request, request.calibration)
+        _encode(result, config, request, request.calibration)
 
 
 def _weights(request: MergeRequest, layout: Layout, findings: list[str]) -> list[str]:
@@ -138,8 +111,7 @@ def _weights(request: MergeRequest, layout: Layout, findings: list[str]) -> list
     except Exception as error:  # of pydantic or mergekit
         lines = str(error).strip().splitlines()
         findings.append(f"weight: {lines[-2].strip() if len(lines) > 2 else lines[0]}")
-    infos = [*layout.outside, *(i for layer in layout.layers for i in layer)]
-    names = [info.name for info in infos]
+    names = [info.name for info in layout.weights]
     filters = {
         one.filter
         for of_model in request.weight_settings
@@ -161,15 +133,16 @@ def _conditions(setting: Any) -> list[ConditionalParameter]:
 
 
 def _encode(
-    result: Inspection, request: MergeRequest, calibration: CalibrationSet
+    result: Examination,
+    config: MergeConfiguration,
+    request: MergeRequest,
+    calibration: CalibrationSet,
 ) -> None:
     """Encode the calibration queries as the pre-pass will."""
-    matched, config = result.found.matched, result.document.config
-    tokenizer = matched.tokenizers[request.models.base]
-    base = matched.configs[request.models.base].get_text_config()
-    assert config is not None
+    tokenizer = result.matched.tokenizers[request.models.base]
+    base = result.matched.configs[request.models.base].get_text_config()
     try:
-        _set_chat_template(tokenizer, config)
+        set_chat_template(tokenizer, config)
     except RuntimeError:  # the finding is there, of `template_findings`
         return
     try:

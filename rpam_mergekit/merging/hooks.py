@@ -1,0 +1,115 @@
+"""What stays changed in mergekit while this package is loaded: wrapped functions.
+
+`run_merge`, which every merge goes through, and four functions of mergekit-multi. What
+is not of `rpam` is handed on as it is. `_startup` calls a function of this module
+when the module of mergekit that it wraps has been imported; `activate` calls them
+without a start-up file.
+
+`mergekit.merge` is imported when it is needed: it may be the module whose import
+imports this package.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from rpam_mergekit.chat.template_files import take_out
+from rpam_mergekit.checks.examine import examine_merge
+from rpam_mergekit.checks.inputs import read_inputs
+from rpam_mergekit.checks.request import NAME
+from rpam_mergekit.merging import multimerge
+from rpam_mergekit.merging.fit import fit
+from rpam_mergekit.merging.merge import Merge
+from rpam_mergekit.models.completeness import check_complete
+from rpam_mergekit.models.patches import (
+    cut_output_config,
+    folders_are_local,
+    fresh_loaders,
+    hub_cache,
+)
+from rpam_mergekit.outputs import record
+from rpam_mergekit.outputs.folder import IN_OUTPUT
+from rpam_mergekit.outputs.stock_recipe import RECIPE
+
+
+def hook_run_merge(module: Any) -> None:
+    """Let `run_merge` of `mergekit.merge` do what a merge by `rpam` needs."""
+    _wrap(module, "run_merge", _run_merge)
+
+
+def _run_merge(
+    original: Any,
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+) -> Any:
+    """Examine the config, run the pre-pass, let mergekit merge, complete the folder."""
+    if merge_config.merge_method != NAME:
+        record.begin(out_path)  # what will be there is no merge by rpam
+        return original(merge_config, out_path, options, config_source)
+    with hub_cache(options), folders_are_local(), fresh_loaders():
+        examination = examine_merge(merge_config, options, config_source)
+        merge = Merge(merge_config, options, examination)
+        record.begin(out_path)
+        merge.load()
+        coefficients = fit(merge, Path(out_path) / IN_OUTPUT)
+        with cut_output_config(read_inputs(merge.config).layers):
+            result = original(
+                merge.kernel_config(coefficients),
+                out_path,
+                options,
+                config_source or merge.config.to_yaml(),
+            )
+        said = _complete(merge, Path(out_path))
+    for line in said:
+        merge.say(f"rpam: {line}")
+    return result
+
+
+def _complete(merge: Merge, folder: Path) -> list[str]:
+    """Complete the folder that mergekit has written; return what is to be said."""
+    trusted = merge.options.trust_remote_code
+    check_complete(folder, merge.models.base, trusted)
+    thinking = merge.request.template.thinking
+    removed, said = take_out(folder, thinking, trusted)
+    reason = record.finish(
+        folder, merge.config, merge.request, merge.options, merge.layout, removed
+    )
+    return said + ([f"no {RECIPE}: {reason}"] if reason else [])
+
+
+def hook_multimerge(module: Any) -> None:
+    """Let mergekit-multi check all configs first, and outputs that it would skip."""
+    for name in ("load_config", "patched_config", "make_tasks"):
+        _wrap(module, name, getattr(multimerge, name))
+    _wrap(module.MergeModelTask, "execute", multimerge.execute)
+
+
+def activate() -> None:
+    """Register and wrap without the start-up file; safe to call again."""
+    import mergekit.merge
+
+    from rpam_mergekit.merging.method import register
+
+    register()
+    hook_run_merge(mergekit.merge)
+
+
+def _wrap(owner: Any, name: str, replacement: Any) -> None:
+    """Put `replacement`, which gets the original first, in its place; only once."""
+    original = getattr(owner, name)
+    if getattr(original, "rpam_mergekit", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapped.rpam_mergekit = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
