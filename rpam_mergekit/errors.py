@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any
+from typing import TypeVar
 
-import click
+T = TypeVar("T")
 
 
-class RpamError(click.ClickException):
-    """A refusal, listing every finding at once.
+class RpamError(Exception):
+    """A refusal that lists all of its findings at once.
 
-    mergekit's commands are click commands, so it is shown as one message without a
-    traceback and ends the process with status 1.
+    findings: one text for each thing that is wrong. Its text is all of them as the
+    commands print them, with `rpam: ` in front.
     """
 
     def __init__(self, *findings: str) -> None:
@@ -24,9 +24,9 @@ class RpamError(click.ClickException):
             lines.insert(0, f"{len(findings)} problems:")
         super().__init__("rpam: " + "\n".join(lines))
 
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the message as it is, without click's "Error: " before it."""
-        click.echo(self.format_message(), file=file, err=file is None)
+    def __reduce__(self) -> tuple[type[RpamError], tuple[str, ...]]:
+        """Keep the findings where the error goes from one process to another."""
+        return type(self), self.findings
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -44,7 +44,7 @@ def refuse(findings: Sequence[str]) -> None:
         raise RpamError(*findings)
 
 
-def collect(findings: list[str], read: Callable[[], Any]) -> Any:
+def collect(findings: list[str], read: Callable[[], T]) -> T | None:
     """Return what `read` returns; add its findings and return None if it refuses."""
     try:
         return read()

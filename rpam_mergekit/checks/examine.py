@@ -119,7 +119,7 @@ def examine(
     found.findings += inputs.findings
     models = collect(found.findings, partial(merge_models, config, inputs))
     settings, calibration = examine_parameters(
-        config.parameters or {}, models and models.patterns, found.findings
+        config.parameters or {}, models.patterns if models else None, found.findings
     )
     found.findings += _dtypes(config) + _device(options)
     if models is not None:

@@ -18,6 +18,7 @@ from rpam_mergekit.cli.sampling import (
     marker_options,
     sample,
 )
+from rpam_mergekit.refusal import shown_by_click
 
 COMMANDS = (
     "sample",
@@ -62,6 +63,11 @@ class _Group(click.Group):
         from mergekit.scripts.run_yaml import main as mergekit_yaml
 
         return _merge_command(mergekit_yaml)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what it refuses is a message, not a traceback."""
+        with shown_by_click():
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -35,6 +35,7 @@ from rpam_mergekit.models.patches import (
 from rpam_mergekit.outputs import record
 from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.outputs.stock_recipe import RECIPE
+from rpam_mergekit.refusal import shown_by_click
 
 
 def hook_run_merge(module: Any) -> None:
@@ -109,7 +110,8 @@ def _wrap(owner: Any, name: str, replacement: Any) -> None:
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
+        with shown_by_click():
+            return replacement(original, *args, **kwargs)
 
     wrapped.rpam_mergekit = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)

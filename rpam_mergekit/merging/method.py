@@ -8,7 +8,7 @@ written before mergekit plans, reaches it through mergekit's own parameters (see
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from mergekit.merge_methods.base import (
 )
 
 from rpam_mergekit.checks.request import NAME, weight_parameter
-from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import open_coefficients, written
 from rpam_mergekit.models.checkpoint import entry_name
+from rpam_mergekit.refusal import Refusal
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "
@@ -58,18 +58,6 @@ class RpamMerge(GroupMergeMethod):
         ),
     )
 
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        """Refuse callers that plan no named tensors, such as mergekit-pytorch."""
-        if group_name is None:
-            raise RpamError(NO_PLANNER)
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Return the merged tensor, computed in float32 and rounded once."""
         assert group.base is not None  # the contract requires it
@@ -89,13 +77,20 @@ class RpamMerge(GroupMergeMethod):
 def _parts(
     group: TensorGroup, other: Hashable, parameters: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Return the parts of a tensor's coefficient for one of the other models."""
+    """Return the parts of a tensor's coefficient for one of the other models.
+
+    A `weight` needs no file: callers without a planner, such as mergekit-pytorch and
+    merges in memory, can give every other model one.
+    """
     weight = parameters["weight"][other]
     if weight is not None:
         return {"scalar": torch.tensor(weight, dtype=torch.float32)}
     path = parameters["coefficients"]
     if path is None:
-        raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
+        raise Refusal(
+            f"{NO_PLANNER} Or give every other model a `weight`: "
+            f"{group.metadata.name or 'a tensor'} has none."
+        )
     # The name in the input model, where slices have given the output another.
     tensor = parameters["tensor"][other] or group.metadata.name
     pattern = parameters["pattern"][other]

@@ -110,6 +110,7 @@ def make_plan(request: Request, scratch: Path) -> Plan:
     table = collect(findings, partial(read_comparison, request.comparison))
     recipe = collect(findings, partial(_recipe, request, plan))
     refuse(findings)
+    assert recipe is not None and file is not None  # else there were findings
     text, models = recipe
     _choose(plan, request, shards)
     plan.files[COEFFICIENTS] = file

@@ -34,7 +34,6 @@ from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.checks.config_file import check_keys
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
-from rpam_mergekit.cli.check import check_command
 from rpam_mergekit.cli.main import main
 from rpam_mergekit.settings import parse_settings
 
@@ -170,7 +169,7 @@ def test_a_pair_of_an_examples_kind_goes_through(name, tmp_path, monkeypatch):
         text = text.replace(f" {published} ", f" {tmp_path / folder} ")
     text = text.replace("parameters:\n", "parameters:\n  epochs: 1\n")
     (tmp_path / "rpam.yml").write_text(text)
-    result = CliRunner().invoke(check_command, ["rpam.yml", "--no-estimate"])
+    result = CliRunner().invoke(main, ["check", "rpam.yml", "--no-estimate"])
     assert result.exit_code == 0, result.output
     renamed = f"2 special tokens have other names in {tmp_path / 'long'} than in"
     assert renamed in result.output

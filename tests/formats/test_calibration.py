@@ -27,7 +27,7 @@ def write(tmp_path):
 def refused(path) -> str:
     with pytest.raises(RpamError) as caught:
         read_calibration(path)
-    return caught.value.message
+    return str(caught.value)
 
 
 def test_queries_come_in_file_order_with_their_lines(write):

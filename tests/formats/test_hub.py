@@ -33,7 +33,7 @@ for name in sys.argv[1:]:
     try:
         print(read_calibration(name).digest)
     except RpamError as error:
-        print(error.message)
+        print(str(error))
 """
 
 
@@ -196,7 +196,7 @@ def test_malformed_references_are_refused(text, problem):
     assert is_hub_path(text)
     with pytest.raises(RpamError) as error:
         local_path(text, "parameters.coefficients")
-    message = error.value.message
+    message = str(error.value)
     assert f"parameters.coefficients: found '{text}': {problem}" in message
     assert message.endswith(f"Expected {FORM}.")
 

@@ -111,7 +111,7 @@ def test_every_changed_setting_is_refused_by_name(tmp_path):
     changed = {"model": "n", "sampling": {"seed": 1, "temperature": 1.0, "top_k": 5}}
     with pytest.raises(RpamError) as error, SampleWriter(path, changed):
         pass
-    message = error.value.message
+    message = str(error.value)
     assert "s.jsonl:1: model: the file was made with 'm', this run has 'n'." in message
     assert "sampling.seed: the file was made with 0, this run has 1." in message
     assert "sampling.top_k: the file was made with None, this run has 5." in message

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from helpers.merged import COEFFICIENTS, shard_bytes
 from helpers.models import merge_config, qwen2_config, save_pair, write_calibration
-from rpam_mergekit.cli.export import export_command
+from rpam_mergekit.cli.main import main
 from rpam_mergekit.merging import method
 from rpam_mergekit.outputs.stock_recipe import RECIPE
 
@@ -63,7 +63,7 @@ def exported(config: dict, out: Path, *options: str):
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(config))
     command = [str(path), str(out / COEFFICIENTS), *options]
-    return CliRunner().invoke(export_command, command)
+    return CliRunner().invoke(main, ["export", *command])
 
 
 def recipe(config: dict, out: Path, *options: str) -> dict:

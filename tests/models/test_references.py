@@ -54,7 +54,7 @@ def refusal(config: dict, **options) -> str:
         examine_merge(
             MergeConfiguration.model_validate(config), MergeOptions(**options)
         )
-    return error.value.message
+    return str(error.value)
 
 
 # LoRA adapters

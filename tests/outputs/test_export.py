@@ -29,7 +29,7 @@ from helpers.exporting import (
 )
 from helpers.merged import COEFFICIENTS, shard_bytes, tensors
 from helpers.models import qwen2_config, save_pair, tiny_config
-from rpam_mergekit.cli.export import export_command
+from rpam_mergekit.cli.main import main
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.settings import SCALAR_GRANULARITIES
@@ -239,7 +239,7 @@ def test_an_output_folder_means_its_coefficients(finer):
     path.write_text(yaml.safe_dump(config))
     out = finer / "elsewhere" / "recipe.yml"
     command = [str(path), str(finer / "out"), "--out", str(out), "--quiet"]
-    result = CliRunner().invoke(export_command, command)
+    result = CliRunner().invoke(main, ["export", *command])
     assert result.output == f"{out}\n"
     assert yaml.safe_load(out.read_text())["merge_method"] == "task_arithmetic"
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers.commands import run, succeeded
 from helpers.hub_server import Hub, add_repository, serving, user
 from helpers.models import merge_config
-from rpam_mergekit.cli.push import push_command
+from rpam_mergekit.cli.main import main
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
@@ -130,7 +130,7 @@ def refusal(process) -> str:
 
 def refused(*arguments: object) -> str:
     """Return why the command, in this process, refuses what needs no server."""
-    result = CliRunner().invoke(push_command, [str(one) for one in arguments])
+    result = CliRunner().invoke(main, ["push", *(str(one) for one in arguments)])
     assert result.exit_code == 1, result.output
     return result.output
 

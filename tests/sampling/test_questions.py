@@ -28,7 +28,7 @@ def load(path, *rows, **options):
 def refusal(path, *rows, **options) -> str:
     with pytest.raises(RpamError) as error:
         load(path, *rows, **options)
-    return str(error.value.message)
+    return str(error.value)
 
 
 def test_a_jsonl_file_is_read(tmp_path):
