@@ -127,6 +127,12 @@ def read_documents(path: str | Path) -> list[Document]:
     return found
 
 
+def document_of(content: Mapping[str, Any]) -> Document:
+    """Return a config that is no file; what is wrong with it is in `findings`."""
+    text = yaml.safe_dump(dict(content), sort_keys=False)
+    return replace(_document(content, [], "the config"), text=text)
+
+
 def check_keys(document: Any) -> list[str]:
     """Return a finding for every unknown key of a config, with a suggestion."""
     if not isinstance(document, Mapping):

@@ -181,6 +181,11 @@ def write_coefficients(
         raise
 
 
+def entry_name(pattern: str | None, tensor: str, others: int) -> str:
+    """Return the name of a tensor's coefficient for one of `others` models."""
+    return tensor if others == 1 else f"{pattern}/{tensor}"
+
+
 class CoefficientsFile:
     """A coefficients file opened for reading, one tensor at a time.
 

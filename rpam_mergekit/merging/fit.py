@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.options import MergeOptions
 
 from rpam_mergekit.chat.prompts import (
     EncodedQuery,
@@ -16,6 +17,8 @@ from rpam_mergekit.chat.prompts import (
     end_token,
     make_batches,
 )
+from rpam_mergekit.checks.config_file import Document
+from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.reuse import (
     alone,
     fingerprint_of,
@@ -33,9 +36,10 @@ from rpam_mergekit.formats.solved_layers import (
     folder_of,
 )
 from rpam_mergekit.merging.merge import Merge
-from rpam_mergekit.models.patches import set_chat_template
+from rpam_mergekit.models.patches import hub_cache, set_chat_template
 from rpam_mergekit.models.tokenizers import load_tokenizer
 from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
@@ -46,7 +50,7 @@ from rpam_mergekit.prepass.memory import (
     return_freed_memory,
 )
 from rpam_mergekit.prepass.run import PrePass
-from rpam_mergekit.processes import local_device
+from rpam_mergekit.processes import joined, local_device
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.routing.figures import SCALES
 from rpam_mergekit.routing.holdout import as_many, split_queries
@@ -107,6 +111,34 @@ def fit(merge: Merge, default: Path) -> Path:
     return path
 
 
+def fit_document(
+    document: Document, options: MergeOptions, out: str | Path | None = None
+) -> Path:
+    """Run the pre-pass of the merge that a config describes; write no model.
+
+    out: the coefficients file; None: what `parameters.coefficients` names. Started by
+    torchrun, all processes share the calibration set. Returns the file. Raises
+    `RpamError` for whatever keeps the config from being merged.
+    """
+    assert document.config is not None
+    config = document.config
+    if out is not None:
+        parameters = {**(config.parameters or {}), "coefficients": str(out)}
+        config = config.model_copy(update={"parameters": parameters})
+    with hub_cache(options):
+        examination = examine_merge(config, options, document.text)
+        assert examination.request is not None
+        if examination.request.settings.coefficients is None:
+            raise RpamError(
+                "the coefficients file has no name: give --out, or name it in "
+                "parameters.coefficients."
+            )
+        with joined(local_device(options.device or "cpu")) as processes:
+            merge = Merge(config, options, examination, processes)
+            merge.load()
+            return fit(merge, IN_OUTPUT)
+
+
 def encode_queries(merge: Merge) -> tuple[list[EncodedQuery], int | None]:
     """Return the drawn calibration queries as the merged model will see them.
 
@@ -165,11 +197,11 @@ def make_room(prepass: PrePass, folder: Path) -> str:
     settings, processes = prepass.settings, prepass.processes
     check_disk(
         folder,
-        2 * coefficient_bytes(prepass.decoder, settings, len(prepass.models.others)),
+        2 * coefficient_bytes(prepass.decoder, settings, prepass.others),
         "the coefficients, by layer and as a whole,",
     )
     width = prepass.decoder.model.config.get_text_config().hidden_size
-    experts = len(prepass.models.every)
+    experts = 1 + prepass.others
     size = activation_bytes(prepass.batches, width, experts)
     probes = [batch for of in prepass.measured.values() for batch in of]
     size += activation_bytes(probes, width, experts + len(SCALES))

@@ -25,8 +25,7 @@ from mergekit.merge_methods.base import (
 )
 
 from rpam_mergekit.checks.request import NAME, weight_parameter
-from rpam_mergekit.formats.coefficients import open_coefficients, written
-from rpam_mergekit.models.checkpoint import entry_name
+from rpam_mergekit.formats.coefficients import entry_name, open_coefficients, written
 from rpam_mergekit.refusal import Refusal
 
 NO_PLANNER = (

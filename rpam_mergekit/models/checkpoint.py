@@ -27,6 +27,7 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import RpamError, first_line, refuse
+from rpam_mergekit.formats.coefficients import entry_name
 
 SHAPE_FINDINGS = 5
 
@@ -60,11 +61,6 @@ class MergeModels:
         The tensor's own where there is but one other model.
         """
         return entry_name(self.patterns[1 + number], tensor, len(self.others))
-
-
-def entry_name(pattern: str | None, tensor: str, others: int) -> str:
-    """Return the name of a tensor's coefficient for one of `others` models."""
-    return tensor if others == 1 else f"{pattern}/{tensor}"
 
 
 @dataclass(frozen=True)

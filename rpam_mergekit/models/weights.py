@@ -14,10 +14,9 @@ from rpam_mergekit.replay.layer_weights import Merging, Weights
 
 
 class ExpertWeights:
-    """Loads all models' weights onto the decoder's device.
+    """The `Experts` of a merge: all models' weights, loaded onto the decoder's device.
 
-    `dtype` and `out_dtype` are the config's. Names are those of the checkpoint outside
-    the layers, and those within the layer inside. Raises `RpamError` if a layer of the
+    `dtype` and `out_dtype` are the config's. Raises `RpamError` if a layer of the
     model's code lacks weights that the layout has, or has others.
     """
 
@@ -33,6 +32,7 @@ class ExpertWeights:
         self.layout = layout
         self.decoder = decoder
         self.dtype = dtype
+        self._outside = {info.name: info for info in layout.outside}
         self.out_dtypes = {w.name: _dtype(w, out_dtype) for w in layout.outside}
         decoder.check_outside(set(self.out_dtypes))
         for index, weights in enumerate(layout.layers):
@@ -40,31 +40,56 @@ class ExpertWeights:
             decoder.check_names(index, set(names))
             self.out_dtypes |= {n: _dtype(w, out_dtype) for n, w in names.items()}
 
-    def load(self, expert: int, infos: Sequence[WeightInfo]) -> Weights:
-        """Return some of an expert's weights by their names; 0 is the base."""
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The models' patterns, the base's first."""
+        return self.models.patterns
+
+    @property
+    def layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.layout.layers)
+
+    @property
+    def outside(self) -> Sequence[str]:
+        """The tensors outside the layers, by name."""
+        return tuple(self._outside)
+
+    @property
+    def entering(self) -> Sequence[str]:
+        """Those of `outside` that come before the layers."""
+        return [info.name for info in self.layout.entering]
+
+    def entry(self, number: int, tensor: str) -> str:
+        """Return the name of a tensor's coefficient for the `number`th other model."""
+        return self.models.entry(number, tensor)
+
+    def load(self, expert: int, names: Sequence[str]) -> Weights:
+        """Return tensors outside the layers of one model; 0 is the base."""
+        return self._load(expert, [self._outside[name] for name in names])
+
+    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
+        """Return a layer's names within itself by full name, and all models' weights.
+
+        The weights are by the names within the layer.
+        """
+        infos = self.layout.layers[index]
+        within = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
+        models = range(len(self.models.every))
+        return within, [self.layer_of(index, number) for number in models]
+
+    def layer_of(self, index: int, expert: int) -> Weights:
+        """Return one model's weights of a layer, by the names within the layer."""
+        weights = self._load(expert, self.layout.layers[index])
+        name = self.decoder.relative_name
+        return {name(index, full): value for full, value in weights.items()}
+
+    def _load(self, expert: int, infos: Sequence[WeightInfo]) -> Weights:
         model = self.models.every[expert]
         return load(model, infos, self.dtype, str(self.decoder.device))
 
-    def entering(self, expert: int) -> Weights:
-        """Return an expert's weights of what comes before the layers; 0 is the base."""
-        return self.load(expert, self.layout.entering)
-
-    def outside(self, expert: int) -> Weights:
-        """Return all of an expert's weights outside the layers; 0 is the base."""
-        return self.load(expert, self.layout.outside)
-
-    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
-        """Return a layer's names within itself by full name, and all experts'."""
-        infos = self.layout.layers[index]
-        within = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
-        experts = []
-        for number in range(len(self.models.every)):
-            weights = self.load(number, infos)
-            experts.append({within[name]: value for name, value in weights.items()})
-        return within, experts
-
     def merging(self, experts: Sequence[Weights]) -> Merging:
-        """Return what the merge needs of the experts, which are emptied."""
+        """Return what a merge needs of all models' weights, which are emptied."""
         return Merging.of(experts, self.out_dtypes)
 
 

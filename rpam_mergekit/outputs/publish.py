@@ -110,7 +110,8 @@ def make_plan(request: Request, scratch: Path) -> Plan:
     table = collect(findings, partial(read_comparison, request.comparison))
     recipe = collect(findings, partial(_recipe, request, plan))
     refuse(findings)
-    assert recipe is not None and file is not None  # else there were findings
+    assert recipe is not None  # else there were findings
+    assert file is not None
     text, models = recipe
     _choose(plan, request, shards)
     plan.files[COEFFICIENTS] = file

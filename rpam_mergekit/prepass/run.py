@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -45,6 +44,7 @@ from rpam_mergekit.prepass.measures import (
 from rpam_mergekit.prepass.memory import knobs
 from rpam_mergekit.processes import Processes
 from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.experts import Experts
 from rpam_mergekit.replay.layer_weights import Merging, Weights, float32
 from rpam_mergekit.replay.recording import Recorder, merged_outside
 from rpam_mergekit.replay.streams import Stream
@@ -52,16 +52,13 @@ from rpam_mergekit.routing.opening import opening_probability, opening_queries
 from rpam_mergekit.routing.probes import Measurement, Probes, opening_token
 from rpam_mergekit.settings import RpamSettings
 
-if TYPE_CHECKING:
-    from rpam_mergekit.models.weights import ExpertWeights
-
 
 class PrePass:
     """One run of the pre-pass; `streams` holds the hidden states when it has ended."""
 
     def __init__(
         self,
-        experts: ExpertWeights,
+        experts: Experts,
         batches: Sequence[Batch],
         settings: RpamSettings,
         *,
@@ -80,8 +77,7 @@ class PrePass:
         the end token of their responses.
         """
         self.experts = experts
-        self.models = experts.models
-        self.layout = experts.layout
+        self.others = len(experts.patterns) - 1
         self.decoder = experts.decoder
         self.batches = batches
         self.settings = settings
@@ -102,7 +98,7 @@ class PrePass:
         already, of a run on the same inputs, are not solved again. Raises `RpamError`
         if a layer's objective stops being a finite number, and where memory ends.
         """
-        solution = Solution({} if solved is None else solved, len(self.layout.layers))
+        solution = Solution({} if solved is None else solved, self.experts.layers)
         with knobs(self.settings, self.shelf):
             self._run(solution)
             return replace(solution, operating_point=self._operating_point())
@@ -147,15 +143,15 @@ class PrePass:
         """Return the weights outside the layers of an expert; None: of the merge."""
         if expert is None:
             return merged_outside(self.experts, self._outside(), entering=False)
-        return float32(self.experts.outside(expert))
+        return float32(self.experts.load(expert, self.experts.outside))
 
     def _outside(self) -> Entries:
         """Return the coefficients of what is outside the layers."""
-        weight = self.settings.outside_weight / len(self.models.others)
+        weight = self.settings.outside_weight / self.others
         names = [
-            self.models.entry(number, info.name)
-            for number in range(len(self.models.others))
-            for info in self.layout.outside
+            self.experts.entry(number, name)
+            for number in range(self.others)
+            for name in self.experts.outside
         ]
         return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
 
@@ -177,7 +173,7 @@ class PrePass:
 
         Sends the experts through all layers once, unless all are to be optimised.
         """
-        count = len(self.layout.layers)
+        count = self.experts.layers
         most = max(1, round(self.settings.layers * count))
         if most == count:
             return set(range(count))
@@ -209,8 +205,7 @@ class PrePass:
         self.run_experts(index, experts)
         weights = self.experts.merging(experts)
         coefficients = [
-            self._initial(number, weights, relative)
-            for number in range(len(self.models.others))
+            self._initial(number, weights, relative) for number in range(self.others)
         ]
         before = [c.solved(self._file_dtype) for c in coefficients]
         gap_before = self.layer_gap(index, weights, before)
@@ -238,7 +233,7 @@ class PrePass:
             heaviest_token(self.streams, self.processes),
         )
         entries = {
-            self.models.entry(number, name): of[within]
+            self.experts.entry(number, name): of[within]
             for number, of in enumerate(solved)
             for name, within in relative.items()
             if within in of
@@ -249,12 +244,12 @@ class PrePass:
         self, number: int, weights: Merging, relative: Mapping[str, str]
     ) -> LayerCoefficients:
         """Return the coefficients of one other model's weights, not yet solved."""
-        entries = {self.models.entry(number, n): name for n, name in relative.items()}
+        entries = {self.experts.entry(number, n): name for n, name in relative.items()}
         return LayerCoefficients(
             {name: vectors[number].shape for name, vectors in weights.vectors.items()},
             granularity=self.settings.granularity,
             rank=self.settings.rank,
-            initial=self.settings.initial_weight / len(self.models.others),
+            initial=self.settings.initial_weight / self.others,
             fixed={entries[n]: c for n, c in self.fixed.items() if n in entries},
             dtype=solving_dtype(self.settings, self.decoder.device),
             device=self.decoder.device,
@@ -269,11 +264,11 @@ class PrePass:
             {
                 within: entries[name]
                 for name, within in (
-                    (self.models.entry(number, n), w) for n, w in relative.items()
+                    (self.experts.entry(number, n), w) for n, w in relative.items()
                 )
                 if name in entries
             }
-            for number in range(len(self.models.others))
+            for number in range(self.others)
         ]
 
     @property
@@ -303,7 +298,7 @@ class PrePass:
             frozenset(
                 within
                 for name, within in relative.items()
-                if self.models.entry(number, name) in self.fixed
+                if self.experts.entry(number, name) in self.fixed
             )
             for number in range(len(solved))
         ]
@@ -368,7 +363,7 @@ class PrePass:
 
         Only the last layer's output is what final norm and head are made for.
         """
-        if not self.settings.opening_weight or index + 1 < len(self.layout.layers):
+        if not self.settings.opening_weight or index + 1 < self.experts.layers:
             return None
         token = opening_token([q for batch in self.batches for q in batch.queries])
         return None if token is None else Opening(token, self._head(None))
@@ -380,11 +375,11 @@ class PrePass:
         """
         queries = [query for batch in self.batches for query in batch.queries]
         thinking = opening_queries(queries, self.settings.seed)
-        if not thinking or "long" not in self.models.patterns:
+        if not thinking or "long" not in self.experts.patterns:
             return None
         return opening_probability(
             self.experts,
-            self.models.patterns.index("long"),
+            self.experts.patterns.index("long"),
             make_batches(thinking, self.settings),
             self.quiet,
         )

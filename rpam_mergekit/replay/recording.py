@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +12,11 @@ from rpam_mergekit.processes import Processes
 from rpam_mergekit.replay.activations import PlacedCalls, Shelf
 from rpam_mergekit.replay.calls import Call
 from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.replay.experts import Experts
 from rpam_mergekit.replay.layer_weights import Weights, float32
 from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.replay.token_weights import weigh_tokens
 from rpam_mergekit.settings import RpamSettings
-
-if TYPE_CHECKING:
-    from rpam_mergekit.models.weights import ExpertWeights
 
 
 class Recorder:
@@ -31,7 +28,7 @@ class Recorder:
     def __init__(
         self,
         decoder: Decoder,
-        experts: ExpertWeights,
+        experts: Experts,
         batches: Sequence[Batch],
         settings: RpamSettings,
         shelf: Shelf,
@@ -51,9 +48,9 @@ class Recorder:
         embeddings are in memory at a time; for the merged one's, a tensor of each.
         """
         streams: list[Stream] = []
-        count = len(self.experts.models.every)
+        count = len(self.experts.patterns)
         for expert in range(count):
-            weights = float32(self.experts.entering(expert))
+            weights = float32(self.experts.load(expert, self.experts.entering))
             for number, (hidden, calls) in enumerate(self._recorded(weights)):
                 if expert == 0:
                     placed = PlacedCalls(calls, self.shelf)
@@ -92,7 +89,7 @@ class Recorder:
         queries = batch.queries[rows]
         ends = torch.tensor([query.prompt_tokens - 1 for query in queries])
         opens = torch.tensor([query.opening > 0 for query in queries])
-        patterns = self.experts.models.patterns
+        patterns = self.experts.patterns
         positive = [patterns.index(pattern) for pattern in batch.patterns[rows]]
         device = self.decoder.device
         return Stream(
@@ -111,21 +108,18 @@ class Recorder:
         )
 
 
-def merged_outside(
-    experts: ExpertWeights, entries: Entries, *, entering: bool
-) -> Weights:
+def merged_outside(experts: Experts, entries: Entries, *, entering: bool) -> Weights:
     """Return the merged weights outside the layers, or of those that come before them.
 
     As they are written, in float32; `entries` are their coefficients. One tensor of the
     models is in memory at a time.
     """
-    models, layout = experts.models, experts.layout
+    models = len(experts.patterns)
     merged: Weights = {}
-    for info in layout.entering if entering else layout.outside:
-        weights = [experts.load(number, [info]) for number in range(len(models.every))]
+    for name in experts.entering if entering else experts.outside:
+        weights = [experts.load(number, [name]) for number in range(models)]
         solved = [
-            {info.name: entries[models.entry(number, info.name)]}
-            for number in range(len(models.others))
+            {name: entries[experts.entry(number, name)]} for number in range(models - 1)
         ]
         merged |= experts.merging(weights).written(solved)
     return merged

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from rpam_mergekit.chat.prompts import Batch, EncodedQuery
-from rpam_mergekit.replay.layer_weights import Weights, float32
-
-if TYPE_CHECKING:
-    from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.replay.experts import Experts
+from rpam_mergekit.replay.layer_weights import float32
 
 QUERIES = 32
 LIKELY = 0.5  # mean probability of the opening, from which a model opens by itself
@@ -44,7 +41,7 @@ def opening_queries(queries: Sequence[EncodedQuery], seed: int) -> list[EncodedQ
 
 @torch.no_grad()
 def opening_probability(
-    experts: ExpertWeights, expert: int, batches: Sequence[Batch], quiet: bool = False
+    experts: Experts, expert: int, batches: Sequence[Batch], quiet: bool = False
 ) -> float:
     """Return the mean probability that a model opens its thinking.
 
@@ -52,20 +49,20 @@ def opening_probability(
     tokens of the opening, from the end of the prompt on.
     """
     decoder = experts.decoder
-    entering = float32(experts.entering(expert))
+    entering = float32(experts.load(expert, experts.entering))
     recorded = [
         decoder.record(entering, batch.input_ids, batch.attention_mask)
         for batch in batches
     ]
     states = [hidden for hidden, _ in recorded]
-    layers = range(len(experts.layout.layers))
+    layers = range(experts.layers)
     for index in tqdm(layers, desc="does Long open by itself", disable=quiet):
-        weights = _layer(experts, expert, index)
+        weights = float32(experts.layer_of(index, expert))
         for number, (_, calls) in enumerate(recorded):
             states[number] = decoder.replay(
                 index, weights, states[number], calls[index]
             )
-    outside = float32(experts.outside(expert))
+    outside = float32(experts.load(expert, experts.outside))
     found: list[float] = []
     for batch, hidden in zip(batches, states, strict=True):
         for row, query in enumerate(batch.queries):
@@ -75,13 +72,6 @@ def opening_probability(
             logs = logits.cpu().double().log_softmax(-1).gather(1, targets[:, None])
             found.append(float(logs.sum().exp()))
     return sum(found) / len(found)
-
-
-def _layer(experts: ExpertWeights, expert: int, index: int) -> Weights:
-    infos = experts.layout.layers[index]
-    weights = experts.load(expert, infos)
-    names = {w.name: experts.decoder.relative_name(index, w.name) for w in infos}
-    return float32({names[name]: value for name, value in weights.items()})
 
 
 def opening_warning(probability: float, model: str, weight: float) -> str | None:

@@ -52,8 +52,8 @@ def test_every_tensor_of_the_layout_gets_coefficients(pair):
     prepass = build(pair)
     entries = prepass.run().entries
     infos = [
-        *prepass.layout.outside,
-        *(w for layer in prepass.layout.layers for w in layer),
+        *prepass.experts.layout.outside,
+        *(w for layer in prepass.experts.layout.layers for w in layer),
     ]
     assert entries.keys() == {info.name for info in infos}
     assert entries["lm_head.weight"]["scalar"] == 0.0
@@ -73,14 +73,14 @@ def test_a_fixed_weight_stays_and_the_rest_is_optimised_around_it(pair):
 
 def test_everything_fixed_leaves_nothing_to_solve(pair):
     prepass = build(pair)
-    names = [w.name for layer in prepass.layout.layers for w in layer]
+    names = [w.name for layer in prepass.experts.layout.layers for w in layer]
     solution = build(pair, fixed=dict.fromkeys(names, 0.0)).run()
     assert all(report.mean_coefficient == 0 for report in solution.layers)
 
 
 def test_a_fixed_share_of_1_of_every_weight_is_the_other_model(pair):
     prepass = build(pair)
-    layers = [w.name for layer in prepass.layout.layers for w in layer]
+    layers = [w.name for layer in prepass.experts.layout.layers for w in layer]
     prepass = build(pair, fixed=dict.fromkeys(layers, 1.0), outside_weight=1.0)
     prepass.run()
     for stream in prepass.streams:
@@ -125,7 +125,9 @@ def test_regularization_keeps_coefficients_near_the_initial_weight(pair):
 def test_batches_and_their_padding_change_the_merged_stream_little(pair):
     """With nothing to solve, hidden states are those of queries run one by one."""
     prepass = build(pair)
-    layers = dict.fromkeys((w.name for la in prepass.layout.layers for w in la), 0.5)
+    layers = dict.fromkeys(
+        (w.name for la in prepass.experts.layout.layers for w in la), 0.5
+    )
     single = build(pair, fixed=layers, batch_size=1)
     batched = build(pair, fixed=layers, batch_size=8)
     single.run()

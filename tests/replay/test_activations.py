@@ -109,7 +109,7 @@ def test_the_bytes_of_the_activations_are_known_before(pair):
 def test_the_bytes_of_the_coefficients_are_known_before(pair, granularity):
     prepass = build(pair, granularity=granularity, epochs=1)
     entries = prepass.run().entries
-    outside = {w.name for w in prepass.layout.outside}
+    outside = {w.name for w in prepass.experts.layout.outside}
     found = sum(
         value.nbytes
         for name, parts in entries.items()

@@ -1,0 +1,130 @@
+"""What the commands do, as functions of Python; see `docs/python-api.md`.
+
+A config is the path of a YAML file, its content as a mapping, or mergekit's own
+`MergeConfiguration`. `options` are mergekit's, by the names of its `MergeOptions`, such
+as `device="cuda"`, `lora_merge_cache="cache"` or `quiet=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from rpam_mergekit.checks.config_file import Document, document_of, read_config
+from rpam_mergekit.checks.examine import Examination
+from rpam_mergekit.checks.examine_document import examine_document
+from rpam_mergekit.checks.request import NAME
+from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.merging.export import export_recipe
+from rpam_mergekit.merging.fit import fit_document
+from rpam_mergekit.merging.hooks import activate
+from rpam_mergekit.models.patches import hub_cache
+
+Config: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
+
+
+def check(config: Config, **options: Any) -> Examination:
+    """Examine a config as the command `check` does; nothing large is read.
+
+    Returns what was found: `findings`, texts on what would stop the merge; `notes` on
+    what may surprise; `request`, what the config asks for. Raises `RpamError` where
+    the file cannot be read as one config.
+    """
+    merge_options = _options(options)
+    activate()
+    if isinstance(config, str | Path):
+        document = read_config(config)
+    else:
+        document = document_of(_content(config))
+    with hub_cache(merge_options):
+        examination = examine_document(document, merge_options)
+    findings = document.located(examination.findings)
+    return replace(examination, findings=findings)
+
+
+def fit(config: Config, out: str | Path | None = None, **options: Any) -> Path:
+    """Run the pre-pass of a merge, or find that its coefficients are there already.
+
+    out: the coefficients file to write; None: what `parameters.coefficients` names.
+    Started by torchrun, all processes share the calibration set. Returns the file.
+    Raises `RpamError` for whatever keeps the config from being merged.
+    """
+    activate()
+    return fit_document(_document(config, "fit"), _options(options), out)
+
+
+def merge(config: Config, out: str | Path, **options: Any) -> Path:
+    """Merge the models of a config into the folder `out`, pre-pass included.
+
+    As `mergekit-yaml` does it, by mergekit's own `run_merge`. Returns the folder.
+    Raises `RpamError` for whatever keeps the config from being merged.
+    """
+    import mergekit.merge
+
+    activate()
+    document, merge_options = _document(config, "merge"), _options(options)
+    merge_options.apply_global_options()
+    run_merge = mergekit.merge.run_merge  # as `activate` has wrapped it
+    assert document.config is not None
+    run_merge(document.config, str(out), merge_options, config_source=document.text)
+    return Path(out)
+
+
+def export(
+    config: Config,
+    coefficients: str | Path,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Write a merge by one coefficient per tensor as a recipe for stock mergekit.
+
+    coefficients: the coefficients file, or the output folder of the merge. out: the
+    recipe to write, beside that file by default. Returns the recipe. Raises `RpamError`
+    where no stock recipe gives the same bytes.
+    """
+    activate()
+    document = _document(config, "export")
+    return export_recipe(document, str(coefficients), out, _options(options))
+
+
+def _document(config: Config, verb: str) -> Document:
+    """Return a config by `rpam` that mergekit can read."""
+    if isinstance(config, str | Path):
+        document = read_config(config)
+    else:
+        document = document_of(_content(config))
+        if document.findings:
+            raise RpamError(*document.findings)
+    assert document.config is not None
+    if document.config.merge_method != NAME:
+        raise RpamError(
+            f"merge_method: found '{document.config.merge_method}'. '{verb}' is for "
+            f"'{NAME}'."
+        )
+    return document
+
+
+def _content(config: Mapping[str, Any] | MergeConfiguration) -> Mapping[str, Any]:
+    if isinstance(config, MergeConfiguration):
+        import yaml
+
+        content: dict[str, Any] = yaml.safe_load(config.to_yaml())
+        return content
+    return config
+
+
+def _options(given: Mapping[str, Any]) -> MergeOptions:
+    unknown = [name for name in given if name not in MergeOptions.model_fields]
+    if unknown:
+        raise RpamError(
+            *(
+                f"{name}: unknown option.{suggestion(name, MergeOptions.model_fields)}"
+                for name in unknown
+            )
+        )
+    return MergeOptions(**given)

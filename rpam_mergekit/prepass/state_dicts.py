@@ -1,0 +1,186 @@
+"""The pre-pass on models in memory: their state dicts, without mergekit.
+
+experts = StateDictExperts(config, long.state_dict(), [short.state_dict()])
+solution = PrePass(experts, make_batches(queries, settings), settings).run()
+merged = merge_state_dicts(experts, solution)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig
+
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.coefficients import entry_name, scaled
+from rpam_mergekit.formats.solved_layers import Solution
+from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.replay.experts import Experts
+from rpam_mergekit.replay.layer_weights import Merging, Weights
+
+
+class StateDictExperts:
+    """The `Experts` of models whose weights are in memory.
+
+    config: the transformers config that all of them have. base, others: their tensors
+    by name, as `state_dict()` returns them, of one shape and on any device. patterns:
+    which pattern each model stands for, the base's first. Merged tensors get the dtype
+    of the experts'. Raises `RpamError` where names or shapes differ.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        base: Mapping[str, torch.Tensor],
+        others: Sequence[Mapping[str, torch.Tensor]],
+        *,
+        patterns: Sequence[str] = ("long", "short"),
+        device: str = "cpu",
+        compute_dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        if len(patterns) != 1 + len(others):
+            raise RpamError(
+                f"patterns: found {len(patterns)} for {1 + len(others)} models."
+            )
+        self.decoder = Decoder(config, device, trust_remote_code, compute_dtype)
+        self._models = (base, *others)
+        self._patterns = tuple(patterns)
+        _check_same(self._models)
+        tied = self.decoder.model.all_tied_weights_keys
+        names = [name for name in base if name not in tied]
+        prefix = f"{self.decoder.path}."
+        self._outside = [name for name in names if not name.startswith(prefix)]
+        head = _head_of(self.decoder.model)
+        self._entering = [name for name in self._outside if name not in head]
+        self._layers: list[dict[str, str]] = [{} for _ in self.decoder.layers]
+        for name in names:
+            if name.startswith(prefix):
+                index = int(name.removeprefix(prefix).partition(".")[0])
+                within = self.decoder.relative_name(index, name)
+                self._layers[index][name] = within
+        self.decoder.check_outside(set(self._outside))
+        for index, layer in enumerate(self._layers):
+            self.decoder.check_names(index, set(layer.values()))
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The models' patterns, the base's first."""
+        return self._patterns
+
+    @property
+    def layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self._layers)
+
+    @property
+    def outside(self) -> Sequence[str]:
+        """The tensors outside the layers, by name."""
+        return self._outside
+
+    @property
+    def entering(self) -> Sequence[str]:
+        """Those of `outside` that come before the layers."""
+        return self._entering
+
+    def entry(self, number: int, tensor: str) -> str:
+        """Return the name of a tensor's coefficient for the `number`th other model."""
+        return entry_name(self._patterns[1 + number], tensor, len(self._models) - 1)
+
+    def load(self, expert: int, names: Sequence[str]) -> Weights:
+        """Return tensors outside the layers of one model; 0 is the base."""
+        model, device = self._models[expert], self.decoder.device
+        return {name: model[name].detach().to(device) for name in names}
+
+    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
+        """Return a layer's names within itself by full name, and all models' weights.
+
+        The weights are by the names within the layer.
+        """
+        models = range(len(self._models))
+        return self._layers[index], [self.layer_of(index, n) for n in models]
+
+    def layer_of(self, index: int, expert: int) -> Weights:
+        """Return one model's weights of a layer, by the names within the layer."""
+        names = self._layers[index]
+        weights = self.load(expert, list(names))
+        return {names[name]: value for name, value in weights.items()}
+
+    def merging(self, experts: Sequence[Weights]) -> Merging:
+        """Return what a merge needs of all models' weights, which are emptied."""
+        return Merging.of(experts, dict.fromkeys(experts[0]))
+
+
+def merge_state_dicts(
+    experts: Experts, solution: Solution, fixed: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Return the merged model's tensors by name, in the experts' dtype.
+
+    The layers' coefficients are scaled to the operating point that the solution's
+    held-out queries chose, but for the entries in `fixed`, the weights that a user set.
+    """
+    entries, scale = solution.entries, solution.operating_point.scale
+    merged: Weights = {}
+    for name in experts.outside:
+        weights = [experts.load(n, [name]) for n in range(len(experts.patterns))]
+        merged |= _merged(experts, weights, entries, {name: name})
+    of_layers = {
+        name: parts if name in fixed else scaled(parts, scale)
+        for name, parts in entries.items()
+    }
+    for index in range(experts.layers):
+        names, weights = experts.layer(index)
+        merged |= _merged(experts, weights, of_layers, names)
+    return merged
+
+
+def _merged(
+    experts: Experts,
+    weights: Sequence[Weights],
+    entries: Mapping[str, Mapping[str, torch.Tensor]],
+    names: Mapping[str, str],
+) -> Weights:
+    """Return tensors merged by their entries; `names` maps full names to `weights`'."""
+    merging = experts.merging(weights)
+    solved = [
+        {
+            within: dict(entries[experts.entry(number, name)])
+            for name, within in names.items()
+            if within in merging.vectors
+        }
+        for number in range(len(experts.patterns) - 1)
+    ]
+    written = merging.written(solved)
+    return {
+        name: written[within].to(merging.dtypes.get(within, written[within].dtype))
+        for name, within in names.items()
+    }
+
+
+def _check_same(models: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise `RpamError` unless all models have the same tensors in the same shapes."""
+    base = models[0]
+    for number, other in enumerate(models[1:], 1):
+        differing = sorted(base.keys() ^ other.keys())
+        if differing:
+            raise RpamError(
+                f"{differing[0]}: only some of the models have this tensor."
+            )
+        for name, value in base.items():
+            if value.shape != other[name].shape:
+                raise RpamError(
+                    f"{name}: shape {tuple(value.shape)} in the base, "
+                    f"{tuple(other[name].shape)} in model {number}."
+                )
+
+
+def _head_of(model: torch.nn.Module) -> set[str]:
+    """Return the names of the weights of a model's head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if module is head and head is not None
+        for name, _ in module.named_parameters()
+    }
