@@ -1,6 +1,6 @@
 """Does the pre-pass's memory grow with the number of layers?
 
-    python benchmarks/prepass_memory.py [--quick]
+    python benchmarks/performance/prepass_memory.py [--quick]
 
 Runs the pre-pass, from the config to the coefficients file, on pairs of random bf16
 checkpoints of 8, 16, 32 and 64 decoder layers of one size and the same prompts, and
@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import describe, mib, own_process, table
-from random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import describe, mib, own_process, table
+from _random_pairs import fit_pair, small_config, write_calibration, write_pair
 from transformers import AutoModelForCausalLM
 
 FLAT = 0.10  # how much the largest peak may lie above the smallest

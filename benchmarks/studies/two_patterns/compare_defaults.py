@@ -1,6 +1,6 @@
-"""Compare the defaults of two versions of the project on the lab's pairs.
+"""Compare the defaults of two versions of the project on the study's pairs.
 
-    python benchmarks/lab/compare_defaults.py --old ../before --new .
+    python benchmarks/studies/two_patterns/compare_defaults.py --old ../before --new .
 
 `--old` and `--new` are roots of checkouts. Every pair is merged by `mergekit-yaml` with
 either version's defaults, in turn, on the same checkpoints, calibration file and seed;
@@ -288,7 +288,7 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=100, help="of each difficulty")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--results", type=Path, help="default: in the lab's cache")
+    parser.add_argument("--results", type=Path, help="default: in the study's cache")
     args = parser.parse_args()
     for name in args.pairs:
         build(PAIRS[name])

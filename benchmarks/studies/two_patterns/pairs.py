@@ -1,4 +1,4 @@
-"""The lab's pairs of experts: their tasks, architectures, sizes and stages of training.
+"""The study's pairs of experts: tasks, architectures, sizes, stages of training.
 
 A pair is a Long-CoT and a Short-CoT model of one architecture. A base model first
 learns both ways of answering; the experts are fine-tuned from it. `training.py` builds
@@ -20,7 +20,7 @@ LARGE = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 8}
 
 
 def cache() -> Path:
-    """Return where the lab keeps what it builds: $RPAM_LAB, or cache/ beside this."""
+    """Return where the study keeps what it builds: $RPAM_LAB, or cache/ beside this."""
     return Path(os.environ.get("RPAM_LAB", Path(__file__).parent / "cache"))
 
 

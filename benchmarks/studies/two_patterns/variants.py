@@ -26,7 +26,7 @@ class LearnedOutside(PrePass):
     """Learns coefficients for embeddings, final norm and head too.
 
     By the layers' own objective: on the embeddings, and on the logits. For untied
-    models of the names that the lab's have; all logits are in memory at once.
+    models of the names that the study's have; all logits are in memory at once.
     """
 
     EMBEDDINGS = ("model.embed_tokens.weight",)

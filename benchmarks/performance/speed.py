@@ -1,10 +1,10 @@
 """How much faster than the published procedure is the pre-pass, to the same end?
 
-    python benchmarks/speed.py [--quick]
+    python benchmarks/performance/speed.py [--quick]
 
-Runs `plain.py` whole (50 epochs, prompts padded to 1024 tokens, both experts at every
-step) on a pair of random checkpoints, then the pre-pass on the same pair, prompts and
-objective (summed squared error and the same contrastive weight, prompts only), with
+Runs `_published.py` whole (50 epochs, prompts padded to 1024 tokens, both experts at
+every step) on a pair of random checkpoints, then the pre-pass on the same pair, prompts
+and objective (summed squared error and the same contrastive weight, prompts only), with
 more and more epochs until it reaches the plain procedure's objective on held-out
 queries. The ratio is taken there. Times are from the checkpoints on disk to the
 coefficients, each run in a process of its own.
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import Outcome, describe, own_process, spread, table
-from plain import Plain, Published
-from random_pairs import fit_pair, prompts, small_config, write_calibration, write_pair
+from _machine import Outcome, describe, own_process, spread, table
+from _published import Plain, Published
+from _random_pairs import fit_pair, prompts, small_config, write_calibration, write_pair
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM

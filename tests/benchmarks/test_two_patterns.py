@@ -1,4 +1,4 @@
-"""The lab and the study: tasks, figures, training that goes on, a short study whole."""
+"""The study of two patterns: tasks, figures, training, a short study whole."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.formats.coefficients import CoefficientsFile, written
 from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
 
-LAB = ROOT / "benchmarks" / "lab"
-sys.path.insert(0, str(LAB))
+STUDY = ROOT / "benchmarks" / "studies" / "two_patterns"
+sys.path.insert(0, str(STUDY))
 
 import calibrations  # noqa: E402
 import compare_defaults  # noqa: E402
@@ -32,7 +32,7 @@ import evidence  # noqa: E402
 import figures  # noqa: E402
 import jobs  # noqa: E402
 import measure  # noqa: E402
-import pairs as lab  # noqa: E402
+import pairs  # noqa: E402
 import templates  # noqa: E402
 import training  # noqa: E402
 from records import PairResults  # noqa: E402
@@ -100,7 +100,7 @@ def test_restated_steps():
     again = [f"{n}2*3=6" for n in (21, 22, 23, 24, 25, 11, 12, 13, 14, 15)]
     said = f"<think>7+5=2;2*3=6{''.join(again)}</think>6"
     assert RESTATED.long_response("7+5*3=") == said
-    pair = lab.PAIRS["chains-long"]
+    pair = pairs.PAIRS["chains-long"]
     for asked in RESTATED.queries(200, "test", 0, dict.fromkeys(range(1, 11), 1.0)):
         said = chains.build_tokenizer()(RESTATED.long_response(asked))["input_ids"]
         assert len(said) == 41 * RESTATED.difficulty(asked) + 2
@@ -139,7 +139,7 @@ def test_templates_write_what_is_trained_on(template):
 
 
 def test_no_loss_on_an_opening_that_the_template_writes():
-    pair = lab.PAIRS["chains-unopened"]
+    pair = pairs.PAIRS["chains-unopened"]
     tokenizer = chains.build_tokenizer()
     texts = training.rows(pair.task, pair.stages["long"], random.Random(0))
     think = tokenizer.convert_tokens_to_ids("<think>")
@@ -153,7 +153,7 @@ def test_no_loss_on_an_opening_that_the_template_writes():
         for text in learnt:
             assert text.endswith("<|end|>")
             assert text.count("</think>") == 1
-    long = lab.PAIRS["chains-long"]
+    long = pairs.PAIRS["chains-long"]
     texts = training.rows(long.task, long.stages["long"], random.Random(0))
     assert all(said.startswith("<think>") for _, _, said in texts)
 
@@ -161,7 +161,7 @@ def test_no_loss_on_an_opening_that_the_template_writes():
 @pytest.mark.parametrize("name", ["chains-opened-r1", "chains-opened-qwen"])
 def test_weights_of_the_quickstart_with_another_template(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
-    pair = lab.PAIRS[name]
+    pair = pairs.PAIRS[name]
     training.build(pair)
     for way in ("long", "short"):
         ours, its = (
@@ -231,16 +231,16 @@ def test_the_interval_over_pairs_by_hand():
 def test_building_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
     few = {"long": (6, (1,) * 6), "short": (6, (1,) * 6)}
-    pair = lab.Pair(
+    pair = pairs.Pair(
         "tiny",
         GRAPH,
         "qwen3",
         "",
         size={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
         stages={
-            "base": lab.Stage(None, few, 3, 1e-3),
-            "long": lab.Stage("base", few, 2, 1e-3),
-            "short": lab.Stage("tiny/base", few, 2, 1e-3),
+            "base": pairs.Stage(None, few, 3, 1e-3),
+            "long": pairs.Stage("base", few, 2, 1e-3),
+            "short": pairs.Stage("tiny/base", few, 2, 1e-3),
         },
     )
     one = replace(pair, stages={"base": pair.stages["base"]})
@@ -260,7 +260,7 @@ def test_building_goes_on_where_it_ended(tmp_path, monkeypatch):
 
 
 def study(folder: Path, *arguments: str) -> list[str]:
-    command = [sys.executable, str(LAB / "study.py"), "--quick", "--workers", "1"]
+    command = [sys.executable, str(STUDY / "study.py"), "--quick", "--workers", "1"]
     return [*command, "--results", str(folder / "results"), *arguments]
 
 
@@ -322,7 +322,7 @@ def test_results_of_other_checkpoints_are_left_out(studied, tmp_path, monkeypatc
     import study as module
 
     monkeypatch.setenv("RPAM_LAB", str(studied / "lab" / "quick"))
-    pair = lab.PAIRS["chains-qwen2"]
+    pair = pairs.PAIRS["chains-qwen2"]
     path = studied / "results" / "chains-qwen2.jsonl"
     assert len(module.Results(pair, path.parent).records) == len(records(studied))
     lines = path.read_text().splitlines()
@@ -335,7 +335,7 @@ def test_results_of_other_defaults_are_left_out(studied, tmp_path, monkeypatch):
     import study as module
 
     monkeypatch.setenv("RPAM_LAB", str(studied / "lab" / "quick"))
-    pair = lab.PAIRS["chains-qwen2"]
+    pair = pairs.PAIRS["chains-qwen2"]
     changed = records(studied)
     merged = [record for record in changed if record["settings"]]
     merged[0]["settings"]["rank"] += 1
@@ -348,12 +348,12 @@ def test_the_page_says_so_if_other_defaults_were_measured_than_todays():
     import study as module
 
     same = []
-    for pair in records_of(LAB / "results"):
+    for pair in records_of(STUDY / "results"):
         measured = pair.by_seed["main", "defaults"]
         assert sorted(measured) == list(jobs.SEEDS)
         for record in measured.values():
             same.append(record["settings"] == module.settings(record["job"]["config"]))
-    said = "The tables were measured at commit" in (LAB / "findings.md").read_text()
+    said = "The tables were measured at commit" in (STUDY / "findings.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert said == ("merged with the defaults of commit" in readme) == (not all(same))
 
@@ -371,7 +371,7 @@ def test_the_merged_model_thinks_where_it_must(studied):
 
 
 def test_the_report_is_written_from_the_results(studied, tmp_path):
-    command = [sys.executable, str(LAB / "evidence.py")]
+    command = [sys.executable, str(STUDY / "evidence.py")]
     command += ["--results", str(studied / "results"), "--docs", str(tmp_path)]
     subprocess.run(command, check=True)
     text = (tmp_path / "evidence.md").read_text()
@@ -385,18 +385,18 @@ def test_the_report_is_written_from_the_results(studied, tmp_path):
 
 
 def test_page_and_readme_are_those_of_the_committed_results(tmp_path):
-    pairs = records_of(LAB / "results")
-    evidence.write(pairs, tmp_path)
+    measured = records_of(STUDY / "results")
+    evidence.write(measured, tmp_path)
     committed = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert (tmp_path / "evidence.md").read_text(encoding="utf-8") == committed
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert evidence.with_table(readme, pairs) == readme
+    assert evidence.with_table(readme, measured) == readme
     assert readme.count("**mean of pairs**") == 1
 
 
 def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
-    pair = lab.PAIRS["chains-qwen2"]
+    pair = pairs.PAIRS["chains-qwen2"]
     pair.cache.mkdir()
     lines = (QUICKSTART / "calibration.jsonl").read_text().splitlines()
     calibrations.calibration(pair).write_text("\n".join(lines) + "\n")
@@ -430,7 +430,7 @@ def test_flipped_labels_get_the_other_models_responses(tmp_path, monkeypatch):
 
 def test_neutral_queries_are_added_to_both_patterns(tmp_path, monkeypatch):
     monkeypatch.setenv("RPAM_LAB", str(tmp_path))
-    pair = lab.PAIRS["graph-qwen3"]
+    pair = pairs.PAIRS["graph-qwen3"]
     pair.cache.mkdir()
     lines = [
         json.dumps({"prompt": f"{way} {n}", "pattern": way, "response": "x"})
@@ -455,7 +455,7 @@ def small_merge(folder: Path, variant: str | None, **parameters) -> dict:
     import study as module
     import variants
 
-    pair = lab.PAIRS["chains-qwen2"]
+    pair = pairs.PAIRS["chains-qwen2"]
     config = {
         "merge_method": "rpam",
         "parameters": {
@@ -536,7 +536,7 @@ def test_two_versions_are_compared_and_nothing_is_made_twice(tmp_path):
     shutil.copy(QUICKSTART / "calibration.jsonl", quickstart)
     old, new = (version(tmp_path / name, name) for name in ("old", "new"))
     results = tmp_path / "results.jsonl"
-    command = [sys.executable, str(LAB / "compare_defaults.py")]
+    command = [sys.executable, str(STUDY / "compare_defaults.py")]
     command += ["--old", str(old), "--new", str(new), "--pairs", "chains-qwen2"]
     command += ["--seeds", "5", "--queries-per-pattern", "8", "--queries", "4"]
     command += ["--results", str(results)]

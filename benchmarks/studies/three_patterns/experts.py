@@ -1,4 +1,4 @@
-"""Three experts of one base for `three_patterns.py`: task, training, calibration file.
+"""Three experts of one base for `compare.py`: task, training, calibration file.
 
 A query is a chain of operations modulo 10 that ends in `=` and asks for its value, or
 in `>` and asks for a program: the chain in postfix. Every expert answers every query in
@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "lab"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "quickstart"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "two_patterns"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "quickstart"))
 
 from evaluate import respond
 from measure import load
@@ -36,7 +36,7 @@ from training import build
 
 from rpam_mergekit.sampling.labels import pattern_of
 
-__all__ = ["cache", "load", "respond"]  # of the lab
+__all__ = ["cache", "load", "respond"]  # of the other study
 
 PATTERNS = ("long", "short", "code")
 EASY, HARD = 1, 2
@@ -68,7 +68,7 @@ def postfix(query: str) -> str:
 
 @dataclass(frozen=True)
 class Chains(Task):
-    """The lab's training knows `long`, `short`, and `chat`, which is `code` here."""
+    """The training knows the ways `long`, `short` and `chat`, which is `code` here."""
 
     programs: str = VALUE + PROGRAM  # endings of the queries that `code` learns
 

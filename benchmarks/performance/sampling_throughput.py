@@ -1,6 +1,6 @@
 """Is the sampling client, or grading, ever the bottleneck?
 
-    python benchmarks/sampling_throughput.py [--queries 20000]
+    python benchmarks/performance/sampling_throughput.py [--queries 20000]
 
 Runs `mergekit-rpam sample` against a stub server on loopback that answers at once, and
 records requests per second and the client's resident memory. Then grades through the
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 REAL = DATA / "outputs" / "aime24.jsonl"
 MATH500 = DATA / "benchmarks" / "math500.jsonl"

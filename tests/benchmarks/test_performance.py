@@ -10,7 +10,7 @@ from helpers.benchmarks import benchmark, number, tables
 
 
 def test_speed_lets_ours_run_until_it_reaches_the_plain_end():
-    process = benchmark("speed", "--quick", "--ways", "element,tensor")
+    process = benchmark("performance/speed", "--quick", "--ways", "element,tensor")
     trials, ratios = tables(process)
     assert "SHORTENED" in process.stdout
     by_name: dict[str, list] = {}
@@ -28,7 +28,7 @@ def test_speed_lets_ours_run_until_it_reaches_the_plain_end():
 
 
 def test_prepass_memory_sees_the_pre_pass_and_the_whole_models():
-    process = benchmark("prepass_memory", "--quick")
+    process = benchmark("performance/prepass_memory", "--quick")
     (rows,) = tables(process)
     assert [row["layers"] for row in rows] == ["2", "16"]
     # transformers maps the whole models' weights: theirs is the second such column.
@@ -40,7 +40,7 @@ def test_prepass_memory_sees_the_pre_pass_and_the_whole_models():
 
 def test_prepass_time_grows_and_is_drawn(tmp_path):
     plot = tmp_path / "time.png"
-    process = benchmark("prepass_time", "--quick", "--plot", str(plot))
+    process = benchmark("performance/prepass_time", "--quick", "--plot", str(plot))
     for rows in tables(process):
         sizes = [int(next(iter(row.values()))) for row in rows]
         assert sizes == sorted(sizes)
@@ -50,7 +50,7 @@ def test_prepass_time_grows_and_is_drawn(tmp_path):
 
 
 def test_merge_time_compares_every_granularity_with_linear():
-    (rows,) = tables(benchmark("merge_time", "--quick"))
+    (rows,) = tables(benchmark("performance/merge_time", "--quick"))
     names = ["linear, bf16", "linear, float32", "tensor", "low_rank", "element"]
     assert [row[""] for row in rows] == names
     assert number(rows[0]["times linear, bf16"]) == 1
@@ -61,7 +61,7 @@ def test_merge_time_compares_every_granularity_with_linear():
 
 
 def test_random_kills_leave_the_same_bytes():
-    kills, phases = tables(benchmark("random_kills", "--quick"))
+    kills, phases = tables(benchmark("performance/random_kills", "--quick"))
     assert [row["files"] for row in kills] == ["identical"] * 4
     assert sum(int(row["times"]) for row in phases) == 4
     assert all(row["while"] for row in kills)
@@ -71,7 +71,7 @@ def test_full_size_without_a_gpu_says_so():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    process = benchmark("full_size")
+    process = benchmark("performance/full_size")
     assert process.returncode == 1
     assert process.stderr.startswith("No CUDA device here: nothing measured.")
 
@@ -80,7 +80,7 @@ def test_full_size_runs_on_the_cpu():
     options = ["--device", "cpu", "--shapes", "tiny", "--layers", "2"]
     options += ["--per-pattern", "2", "--epochs", "1"]
     options += ["--max-tokens", "256", "--plain-padded", "64"]
-    ours, plain = tables(benchmark("full_size", *options))
+    ours, plain = tables(benchmark("performance/full_size", *options))
     assert [row[""] for row in ours] == ["tiny, prompt", "tiny, prompt+response"]
     tokens = [int(row["tokens"]) for row in ours]
     assert 0 < tokens[0] < tokens[1]
@@ -92,7 +92,7 @@ def test_full_size_runs_on_the_cpu():
 
 
 def test_the_profile_names_phases_and_operations():
-    phases, operations = tables(benchmark("profile_prepass", "--quick"))
+    phases, operations = tables(benchmark("performance/profile_prepass", "--quick"))
     shares = [number(row["share of the time"]) for row in phases]
     assert sum(shares) == pytest.approx(100, abs=0.5)
     assert phases[0]["phase"] == "solving"

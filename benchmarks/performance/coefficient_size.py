@@ -5,7 +5,7 @@ least 8 million parameters, and computed from shapes for published models. The
 computed size is that of the file's numbers (float32, or float16 by `coefficient_dtype`)
 and of its header; it is compared with the measured one.
 
-    python benchmarks/coefficient_size.py [--hidden 512] [--layers 3] [--quick]
+    python benchmarks/performance/coefficient_size.py [--hidden 512] [--quick]
 """
 
 import argparse
@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from machine import describe, table
-from random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import describe, table
+from _random_pairs import fit_pair, small_config, write_calibration, write_pair
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

@@ -1,6 +1,6 @@
 """What does the merge itself cost, behind the pre-pass, against mergekit's `linear`?
 
-    python benchmarks/merge_time.py [--folder /tmp] [--quick]
+    python benchmarks/performance/merge_time.py [--folder /tmp] [--quick]
 
 Makes a pair of bf16 checkpoints of about 1 GB each and a coefficients file per
 granularity (by the pre-pass on two queries, one epoch). Then merges with
@@ -24,17 +24,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from machine import MIB, Outcome, describe, mib, own_process, spread, table
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-from random_pairs import (
+from _machine import MIB, Outcome, describe, mib, own_process, spread, table
+from _random_pairs import (
     fit_pair,
     rpam_config,
     small_config,
     write_calibration,
     write_pair,
 )
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 
 import rpam_mergekit.merging.method
 import rpam_mergekit.models.checkpoint

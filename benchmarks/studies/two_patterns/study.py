@@ -1,8 +1,10 @@
-"""Run the study: `python benchmarks/lab/study.py` (hours; what is done is kept).
+"""Merge and measure every model of the study, for docs/evidence.md.
 
-Every model is merged by mergekit from the lab's pairs and answers the same test
-queries. Results are appended to results/PAIR.jsonl as they come; a run goes on where
-the last one ended. `evidence.py` writes the report from them.
+    python benchmarks/studies/two_patterns/study.py [--quick]
+
+Every model is merged by mergekit from the study's pairs and answers the same test
+queries. That takes hours: results are appended to results/PAIR.jsonl as they come, and
+a run goes on where the last one ended. `evidence.py` writes the report from them.
 """
 
 from __future__ import annotations

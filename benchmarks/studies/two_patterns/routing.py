@@ -1,6 +1,6 @@
 """Is the routing that the pre-pass measures that of the model when it generates?
 
-    python benchmarks/routing.py OUT CALIBRATION [OUT CALIBRATION ...]
+    python benchmarks/studies/two_patterns/routing.py OUT CALIBRATION [...]
 
 OUT is the folder of a merge, CALIBRATION its calibration file. The pre-pass held some
 of its queries out and measured by log-likelihoods which of them the merged model thinks
@@ -18,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import describe, table
+sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
+
+from _machine import describe, table
 from transformers import AutoTokenizer
 
 from rpam_mergekit.chat.prompts import encode_calibration
@@ -102,7 +104,9 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("merges", nargs="+", type=Path, metavar="OUT CALIBRATION")
     parser.add_argument("--others", nargs="*", type=Path, default=[])
     parser.add_argument("--most", type=int, default=1000)

@@ -1,4 +1,4 @@
-"""The models of `three_patterns.py`: merged by mergekit, asked, kept as JSON Lines."""
+"""The models of `compare.py`: merged by mergekit, asked, kept as JSON Lines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experts import PATTERNS, TASK, form, load, queries, respond, right
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from three_experts import PATTERNS, TASK, form, load, queries, respond, right
 from tqdm import tqdm
 
 from rpam_mergekit.settings import parse_settings

@@ -1,14 +1,14 @@
 """The pre-pass on checkpoints of full size, on a GPU.
 
-    python benchmarks/full_size.py [--shapes qwen2.5-1.5b,qwen3-4b] [--layers 4]
-    python benchmarks/full_size.py --device cpu --shapes tiny --layers 2
+    python benchmarks/performance/full_size.py [--shapes qwen3-4b] [--layers 4]
+    python benchmarks/performance/full_size.py --device cpu --shapes tiny --layers 2
 
 Makes pairs of random bf16 checkpoints in the shapes of Qwen2.5-1.5B and Qwen3-4B and
 runs the pre-pass on 64 + 64 queries of real lengths, prompts only and with responses
 (cut to `--max-tokens`): seconds per decoder layer, total, peak memory of GPU and host,
 and the share of the GPU's bf16 matrix rate, which is measured in the same run. Only
 matrix products on real tokens count as work: both experts, the merged stream before and
-after, and every step's forward and backward pass. Then `plain.py`, the published
+after, and every step's forward and backward pass. Then `_published.py`, the published
 procedure, on a few layers for a few epochs; its time is given per layer and epoch, the
 pre-pass's beside it in the same unit, and nothing is extrapolated.
 
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import Outcome, describe, mib, own_process, table
-from plain import Plain, Published
-from random_pairs import (
+from _machine import Outcome, describe, mib, own_process, table
+from _published import Plain, Published
+from _random_pairs import (
     fit_pair,
     full_config,
     prompts,

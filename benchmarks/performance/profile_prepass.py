@@ -1,6 +1,6 @@
 """Where does the pre-pass's time go?
 
-    python benchmarks/profile_prepass.py [--quick]
+    python benchmarks/performance/profile_prepass.py [--quick]
 
 Runs the pre-pass on a pair of random checkpoints and prompts as long as those of the
 authors' pool: once with a clock around each of its phases, and once under PyTorch's
@@ -15,8 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from machine import describe, table
-from random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import describe, table
+from _random_pairs import fit_pair, small_config, write_calibration, write_pair
 from torch.profiler import ProfilerActivity, profile
 
 from rpam_mergekit.formats.solved_layers import SolvedLayers

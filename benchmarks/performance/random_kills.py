@@ -1,6 +1,6 @@
 """Does a killed merge, run again, end with the bytes of one that was left alone?
 
-    python benchmarks/random_kills.py [--kills 20] [--quick]
+    python benchmarks/performance/random_kills.py [--kills 20] [--quick]
 
 Runs a merge to its end and notes how long it takes. Then, 20 times: starts the same
 merge in a new folder, kills it (SIGKILL) after a random part of that time, from the
@@ -23,9 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from machine import describe, table
+from _machine import describe, table
+from _random_pairs import rpam_config, small_config, write_calibration, write_pair
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from random_pairs import rpam_config, small_config, write_calibration, write_pair
 
 import rpam_mergekit.merging.method
 

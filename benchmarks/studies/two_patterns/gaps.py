@@ -1,6 +1,6 @@
 """How merges of one pair closed their layers' gaps, side by side.
 
-    python benchmarks/gaps.py OUT [OUT ...]
+    python benchmarks/studies/two_patterns/gaps.py OUT [OUT ...]
 
 OUT is the folder of a merge. For every layer: the gap before and after solving, and the
 share of the objective that lies on its heaviest token, from `rpam.json`; below, what
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from machine import describe, table
+sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
+
+from _machine import describe, table
 
 from rpam_mergekit.evaluate.routing_report import summary
 

@@ -1,8 +1,8 @@
 """Does a merge of three experts follow each where it is meant? Do uniform merges?
 
-    python benchmarks/three_patterns.py [--settings] [--quick]
+    python benchmarks/studies/three_patterns/compare.py [--settings] [--quick]
 
-Trains three tiny experts of one base (`three_experts.py`: each answers every query in
+Trains three tiny experts of one base (`experts.py`: each answers every query in
 its own form) and merges them by mergekit: with `rpam`, and uniformly, with `linear` on
 a grid of weights and with `task_arithmetic`, `ties`, `dare_ties` from the base. Every
 model answers the same held-out queries, greedily.
@@ -21,18 +21,20 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
 
 import torch
 import transformers
-from machine import describe, table
-from three_experts import BASES, PATTERNS, cache, calibrate, train
-from three_merges import Figures, Job, Sums, around, figures, run_all, uniform
+from _machine import describe, table
+from experts import BASES, PATTERNS, cache, calibrate, train
+from merges import Figures, Job, Sums, around, figures, run_all, uniform
 
 import rpam_mergekit.merging.method
 
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="by default lab/cache/three-BASE-SEED or in $RPAM_LAB",
+        help="by default three-BASE-SEED in $RPAM_LAB or ../two_patterns/cache",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument(
@@ -222,7 +224,7 @@ def main() -> None:
         "--base",
         choices=[base for base in BASES if base != "quick"],
         default="half",
-        help="what the base has learned; see three_experts.py",
+        help="what the base has learned; see experts.py",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a test of the script: experts that err"

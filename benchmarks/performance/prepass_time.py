@@ -1,6 +1,6 @@
 """Is the pre-pass's time linear in tokens and in parameters?
 
-    python benchmarks/prepass_time.py [--plot benchmarks/prepass_time.png] [--quick]
+    python benchmarks/performance/prepass_time.py [--plot time.png] [--quick]
 
 Runs the pre-pass with three numbers of queries on one pair, and with three widths on
 the same queries; several times each, interleaved, each run in a process of its own.
@@ -16,8 +16,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from machine import describe, own_process, spread, table
-from random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import describe, own_process, spread, table
+from _random_pairs import fit_pair, small_config, write_calibration, write_pair
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What the decision needs: if responses are long; if Long never opened its thinking.
 
-    python benchmarks/decisions.py lengths [--tokens 0 100 1000] [--weights 0 0.3]
-    python benchmarks/decisions.py opening LONG [--weights 0 0.3]
+    python benchmarks/studies/two_patterns/decisions.py lengths [--tokens 0 100]
+    python benchmarks/studies/two_patterns/decisions.py opening LONG [--weights 0 0.3]
 
 Both merge the quickstart's pair and let the merged models answer validation queries.
 
@@ -13,8 +13,8 @@ The models take the few tokens that they always took: what is measured is whethe
 decision survives in the objective, not how a model would think at length.
 
 `opening`: LONG is the folder of a Long whose template has always opened its thinking
-and that never had a loss on the opening, such as the lab's chains-unopened (`python
-benchmarks/lab/training.py chains-unopened`); the weights are `opening_weight`.
+and that never had a loss on the opening, such as that of the pair `chains-unopened`,
+which `training.py` builds; the weights are `opening_weight`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import describe, table
+sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "quickstart"))
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
-
-import chains  # noqa: E402
-import evaluate  # noqa: E402
-import yaml  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+import chains
+import evaluate
+import yaml
+from _machine import describe, table
+from pairs import QUICKSTART
+from transformers import AutoTokenizer
 
 
 def lengthened(record: dict, tokens: int) -> dict:

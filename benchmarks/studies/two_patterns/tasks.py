@@ -1,4 +1,4 @@
-"""The lab's tasks: what is asked, both ways of answering, how hard a query is.
+"""The study's tasks: what is asked, both ways of answering, how hard a query is.
 
 Three kinds: chains of operations modulo 10 (the quickstart's), multiplication of a
 number by a digit with carries, and following edges in a small graph. In the last one
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
 
 import chains  # noqa: E402

@@ -1,4 +1,4 @@
-"""What a model of the lab does on queries: right, how long, does it think.
+"""What a model of the study does on queries: right, how long, does it think.
 
 Greedy decoding in float32 through transformers' own `generate`. Figures are sums by
 seed (a part of the test queries) and difficulty, so that any mix of difficulties can be

@@ -1,6 +1,6 @@
 """Write docs/evidence.md and its picture from the study's results.
 
-    python benchmarks/lab/evidence.py        # after study.py; seconds
+    python benchmarks/studies/two_patterns/evidence.py  # after study.py; seconds
 
 What the tables say in words is findings.md beside this file, written by hand.
 """

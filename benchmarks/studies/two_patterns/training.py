@@ -1,4 +1,6 @@
-"""Build the lab's pairs: `python benchmarks/lab/training.py [PAIR ...]` (hours).
+"""Build the study's pairs of experts, in hours.
+
+    python benchmarks/studies/two_patterns/training.py [PAIR ...]
 
 Trains the stages of a pair from scratch and makes its calibration file, by
 `mergekit-rpam sample` and `label`. Seeded, one thread; a finished stage is not trained
@@ -211,7 +213,9 @@ def calibrate(pair: Pair) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", nargs="*", metavar="PAIR", help=", ".join(PAIRS))
     for name in parser.parse_args().pairs or PAIRS:
         build(PAIRS[name])
