@@ -1,19 +1,21 @@
-"""What the benchmarks share: the machine in words, processes of their own, tables.
+"""What the benchmarks share: command lines, processes of their own, tables.
 
-`own_process` runs a function in a fresh process and records its time and its peak
-memory above what the interpreter and the libraries take. Anonymous memory is what a
-process has written itself; mapped memory is pages of files, which the system can drop
-(checkpoints are memory-mapped, so that reading one makes it grow).
+It is no command. `own_process` runs a function in a fresh process and records its time
+and its peak memory above what the interpreter and the libraries take. Anonymous
+memory is what a process has written itself; mapped memory is pages of files, which
+the system can drop (checkpoints are memory-mapped, so that reading one makes it grow).
 """
 
+import argparse
 import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,39 @@ from typing import Any
 
 INTERVAL = 0.005  # seconds between two looks at a process's memory
 MIB = 2**20
+
+
+def command_line(
+    description: str | None, quick: Mapping[str, Any] | None = None, **options: Any
+) -> argparse.Namespace:
+    """Return the options of the command line of a script with this docstring.
+
+    An option is given by its default, by its type where it has none, or by a pair of
+    that and its help. `quick` has the defaults under `--quick`, a test of the script.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, option in options.items():
+        default, words = option if isinstance(option, tuple) else (option, None)
+        kind = default if isinstance(default, type) else type(default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=None if kind is default else default,
+            help=words,
+        )
+    if quick is not None:
+        words = "shortened: a test of this script, no measurement"
+        parser.add_argument("--quick", action="store_true", help=words)
+        if "--quick" in sys.argv:
+            parser.set_defaults(**quick)
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers of an option such as `8,16,32`."""
+    return [int(number) for number in text.split(",")]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pairs of random checkpoints and prompts of real lengths, for benchmarks.
+"""Pairs of random checkpoints and prompts of real lengths, for benchmarks. No command.
 
 The second model is the first one changed as fine-tuning changes one: by a matrix of
 low rank and a little noise. Prompts of the two patterns prefer different tokens, so
@@ -6,18 +6,14 @@ that coefficients can tell them apart and what they learn holds for other prompt
 Nothing here is trained: these pairs show cost, never quality.
 """
 
+import io
 import json
 import random
-import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from mergekit.architecture import get_architecture_info
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import _model_out_config
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
+import yaml
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import (
@@ -31,7 +27,8 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 (not in a run
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 from transformers.utils import logging
 
-from rpam_mergekit.merging.fit import fit
+import rpam_mergekit.cli.fit  # noqa: F401 (not in a run)
+from rpam_mergekit.cli.main import main as mergekit_rpam
 
 # Tokens of the prompts and solutions in the pool of the method's authors (GSM8K,
 # MATH-500, AIME24) by Qwen's tokenizer, at 0, 5, ... 100 % of the 166 long and 1646
@@ -105,11 +102,18 @@ def full_config(name: str, layers: int | None = None) -> PretrainedConfig:
 def write_pair(
     folder: Path,
     config: PretrainedConfig,
+    per_pattern: int,
     dtype: torch.dtype = torch.float32,
+    *,
     seed: int = 0,
+    longest: int | None = None,
     device: str = "cpu",
-) -> None:
-    """Write `long` and `short` into `folder`, a decoder layer at a time and a shard."""
+) -> list[tuple[int, int]]:
+    """Write `long`, `short` and `calibration.jsonl` into `folder`.
+
+    Returns the tokens of every query's prompt and response. Of a model, a decoder layer
+    is made at a time, and is a shard.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shards: dict[str, dict[str, torch.Size]] = {}
@@ -135,6 +139,12 @@ def write_pair(
         (folder / pattern / "model.safetensors.index.json").write_text(index)
         config.save_pretrained(folder / pattern)
         _tokenizer().save_pretrained(folder / pattern)
+    return _write_calibration(folder / "calibration.jsonl", per_pattern, seed, longest)
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Return the size of one of the pair's two checkpoints."""
+    return sum(p.stat().st_size for p in (folder / "long").glob("*.safetensors"))
 
 
 def _fine_tuned(
@@ -181,8 +191,8 @@ def prompts(
     return found
 
 
-def write_calibration(
-    path: Path, per_pattern: int, seed: int = 0, longest: int | None = None
+def _write_calibration(
+    path: Path, per_pattern: int, seed: int, longest: int | None
 ) -> list[tuple[int, int]]:
     """Write a calibration file of `prompts`, with responses; return both's tokens.
 
@@ -233,16 +243,15 @@ def rpam_config(folder: Path, **parameters: object) -> dict:
     }
 
 
-def fit_pair(folder: Path, device: str = "cpu", **parameters: object) -> Path:
-    """Run the pre-pass as a merge does, afresh; return the coefficients file."""
-    out = folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    config = MergeConfiguration.model_validate(rpam_config(folder, **parameters))
-    options = MergeOptions(quiet=True, device=device)
-    architecture = get_architecture_info(config, options)
-    LoaderCache().setup(options=options)
-    out_config = _model_out_config(config, architecture)
-    for model in config.referenced_models():
-        LoaderCache().get(model)
-    path, _ = fit(MergePlanner(config, architecture, options, out_config), out)
-    return path
+def fit_pair(
+    folder: Path, device: str = "cpu", out: Path | None = None, **parameters: object
+) -> Path:
+    """Run `mergekit-rpam fit` afresh, in this process; return the coefficients file."""
+    out = out or folder / "coefficients.safetensors"
+    out.unlink(missing_ok=True)
+    config = folder / "fit.yml"
+    config.write_text(yaml.safe_dump(rpam_config(folder, **parameters)))
+    options = ["--out", str(out), "--device", device, "--quiet"]
+    with redirect_stdout(io.StringIO()):  # it prints the path
+        mergekit_rpam(["fit", str(config), *options], standalone_mode=False)
+    return out

@@ -1,22 +1,21 @@
 """How large the coefficients file is, in percent of the model whose merge it repeats.
 
+    python benchmarks/performance/coefficient_size.py [--hidden 512] [--quick]
+
 For `low_rank` fields of several ranks: measured on the merge of a random pair of at
 least 8 million parameters, and computed from shapes for published models. The
 computed size is that of the file's numbers (float32, or float16 by `coefficient_dtype`)
 and of its header; it is compared with the measured one.
-
-    python benchmarks/performance/coefficient_size.py [--hidden 512] [--quick]
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from _machine import describe, table
-from _random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import MIB, command_line, describe, table
+from _random_pairs import checkpoint_bytes, fit_pair, small_config, write_pair
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -143,7 +142,7 @@ def computed_rows(configs: Mapping[str, PretrainedConfig]) -> list[list[str]]:
                     dtype,
                     *(f"{100 * size / whole:.2f}" for size in sizes),
                     f"{100 * half / whole:.2f}",
-                    f"{sizes[-1] / 2**20:.0f}",
+                    f"{sizes[-1] / MIB:.0f}",
                     "none" if rank is None else str(rank),
                 ]
             )
@@ -158,9 +157,8 @@ def measured_rows(
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_pair(folder, config, torch.bfloat16)
-        write_calibration(folder / "calibration.jsonl", 2, longest=32)
-        whole = sum(p.stat().st_size for p in (folder / "long").glob("*.safetensors"))
+        write_pair(folder, config, 2, torch.bfloat16, longest=32)
+        whole = checkpoint_bytes(folder)
         for rank, dtype in merges:
             path = fit_pair(folder, rank=rank, epochs=1, coefficient_dtype=dtype)
             size, expected = path.stat().st_size, file_bytes(shapes, rank, dtype)
@@ -168,10 +166,10 @@ def measured_rows(
                 [
                     str(rank),
                     dtype,
-                    f"{size / 2**20:.2f}",
+                    f"{size / MIB:.2f}",
                     f"{100 * size / whole:.2f}",
                     f"{50 * size / whole:.2f}",
-                    f"{expected / 2**20:.2f}",
+                    f"{expected / MIB:.2f}",
                     f"{100 * (expected / size - 1):+.1f}",
                 ]
             )
@@ -179,15 +177,13 @@ def measured_rows(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="fewer ranks and models")
-    options = parser.parse_args()
+    options = command_line(__doc__, quick={}, hidden=512, layers=3)
     config = small_config(options.hidden, options.layers)
     count = parameters(shapes_of(config))
     if count < LEAST:
-        parser.error(f"{count} parameters: at least {LEAST} are wanted. Raise --hidden")
+        raise SystemExit(
+            f"{count} parameters: at least {LEAST} are wanted. Raise --hidden"
+        )
     torch.set_num_threads(1)
     print(
         f"Measured: a random pair of {count / 1e6:.1f} million parameters, width "

@@ -16,28 +16,21 @@ Every run is a process of its own. Needs disk for both checkpoints of a pair (16
 Qwen3-4B, less with --layers, which makes shorter models) under --folder.
 """
 
-import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import Outcome, describe, mib, own_process, table
+from _machine import Outcome, command_line, describe, mib, own_process, table
 from _published import Plain, Published
-from _random_pairs import (
-    fit_pair,
-    full_config,
-    prompts,
-    write_calibration,
-    write_pair,
-)
+from _random_pairs import fit_pair, full_config, prompts, write_pair
 from transformers import AutoModelForCausalLM
-
-from rpam_mergekit.formats.solved_layers import SolvedLayers
 
 SHAPES = ("qwen2.5-1.5b", "qwen3-4b", "tiny")
 
@@ -55,8 +48,8 @@ def make(
     folder: Path, shape: str, layers: int | None, queries: int, device: str
 ) -> list[tuple[int, int]]:
     """Write a pair and its queries; return the tokens of prompts and responses."""
-    write_pair(folder, full_config(shape, layers), torch.bfloat16, device=device)
-    return write_calibration(folder / "calibration.jsonl", queries)
+    config = full_config(shape, layers)
+    return write_pair(folder, config, queries, torch.bfloat16, device=device)
 
 
 def pre_pass(folder: Path, device: str, parameters: Mapping[str, Any]) -> dict:
@@ -64,20 +57,31 @@ def pre_pass(folder: Path, device: str, parameters: Mapping[str, Any]) -> dict:
 
     A layer ends when it is on disk.
     """
-    times: list[float] = []
-    original = SolvedLayers.__setitem__
-
-    def timed(solved: SolvedLayers, index: int, solution: Any) -> None:
-        original(solved, index, solution)
-        times.append(time.perf_counter())
-
-    SolvedLayers.__setitem__ = timed
+    written: dict[str, float] = {}
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, args=(folder, written, ended))
+    watcher.start()
     began = time.perf_counter()
-    fit_pair(folder, device, **parameters)
-    total = time.perf_counter() - began
-    # The first entry is what lies outside the layers: they begin when it is there.
-    layers = [after - before for before, after in pairwise(times)]
+    try:
+        fit_pair(folder, device, **parameters)
+    finally:
+        total = time.perf_counter() - began
+        ended.set()
+        watcher.join()
+    # The first file is what lies outside the layers: they begin when it is there.
+    layers = [after - before for before, after in pairwise(sorted(written.values()))]
     return {"layers": layers, "total": total, "gpu": gpu_peak(device)}
+
+
+def watch(folder: Path, written: dict[str, float], ended: threading.Event) -> None:
+    """Note when each solved layer was written, until the pre-pass has `ended`.
+
+    The pre-pass keeps them in a folder beside the coefficients file while it runs.
+    """
+    while not ended.wait(0.01):
+        for path in folder.glob("*.unfinished/*/*.safetensors"):
+            with suppress(OSError):  # it has been removed at the end
+                written.setdefault(path.name, path.stat().st_mtime)
 
 
 def counted(lengths: list[tuple[int, int]], tokens: str, most: int) -> int:
@@ -138,22 +142,21 @@ def row(name: str, tokens: int, share: float, run: Outcome) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        shapes="qwen2.5-1.5b,qwen3-4b",
+        device="cuda",
+        layers=(int, "make the models this short"),
+        per_pattern=(64, "queries"),
+        max_tokens=2048,
+        granularity="low_rank",
+        epochs=15,
+        batch_size=16,
+        plain_layers=1,
+        plain_epochs=1,
+        plain_padded=1024,
+        folder=(Path, "for the checkpoints"),
     )
-    parser.add_argument("--shapes", default="qwen2.5-1.5b,qwen3-4b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layers", type=int, help="make the models this short")
-    parser.add_argument("--per-pattern", type=int, default=64, help="queries")
-    parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--granularity", default="low_rank")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--plain-layers", type=int, default=1)
-    parser.add_argument("--plain-epochs", type=int, default=1)
-    parser.add_argument("--plain-padded", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="for the checkpoints")
-    args = parser.parse_args()
     unknown = set(args.shapes.split(",")) - set(SHAPES)
     if unknown:
         raise SystemExit(f"--shapes: unknown {sorted(unknown)}; known: {SHAPES}")

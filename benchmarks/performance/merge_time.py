@@ -7,38 +7,45 @@ granularity (by the pre-pass on two queries, one epoch). Then merges with
 `coefficients:` only and with mergekit's own `linear`, interleaved, each run in a
 process of its own: time of `mergekit.merge.run_merge`, the libraries being imported
 before, and peak memory. `linear` is run as it is used by default (in the checkpoints'
-bf16) and in float32, which is what rpam computes in. "Digests" is the time that the run
-spends on reading both checkpoints to tell whether the coefficients belong to them.
+bf16) and in float32, which is what rpam computes in. "Digests" is the part of the run
+that reads both checkpoints to tell whether the coefficients belong to them: the same
+function is timed once more right behind the merge.
 
 Needs about 6 GB on the disk of --folder.
 """
 
-import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from _machine import MIB, Outcome, describe, mib, own_process, spread, table
+from _machine import (
+    MIB,
+    Outcome,
+    command_line,
+    describe,
+    mib,
+    own_process,
+    spread,
+    table,
+)
 from _random_pairs import (
+    checkpoint_bytes,
     fit_pair,
     rpam_config,
     small_config,
-    write_calibration,
     write_pair,
 )
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-import rpam_mergekit.merging.method
-import rpam_mergekit.models.checkpoint
 from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.merging.method import activate
+from rpam_mergekit.models.checkpoint import content_digests
 
 LIMITS = {"tensor": 1.25, "low_rank": 1.25, "element": 1.6}
 MEMORY = 0.10  # above linear's peak, plus one tensor's coefficients
@@ -48,9 +55,8 @@ LINEAR = "linear, bf16"
 def make(folder: Path, hidden: int, layers: int) -> int:
     """Write a pair; return the bytes of one checkpoint."""
     config = small_config(hidden, layers, intermediate_size=5 * hidden)
-    write_pair(folder, config, torch.bfloat16)
-    write_calibration(folder / "calibration.jsonl", 1, longest=16)
-    return sum(p.stat().st_size for p in (folder / "long").glob("*.safetensors"))
+    write_pair(folder, config, 1, torch.bfloat16, longest=16)
+    return checkpoint_bytes(folder)
 
 
 def config_of(folder: Path, variant: str) -> dict:
@@ -76,7 +82,7 @@ def solve(folder: Path, granularity: str) -> int:
     """Make a coefficients file; return the bytes of its largest tensor's."""
     path = coefficients(folder, granularity)
     settings = {"granularity": granularity, "epochs": 1, "max_tokens": 16}
-    fit_pair(folder, coefficients=str(path), **settings)
+    fit_pair(folder, out=path, **settings)
     file = CoefficientsFile(path)
     return max(
         sum(value.nbytes for value in file.parts(name).values()) for name in file.names
@@ -85,45 +91,16 @@ def solve(folder: Path, granularity: str) -> int:
 
 def merge(config: dict, out: Path) -> tuple[float, float]:
     """Merge into `out` and remove it; return seconds, and those of the digests."""
-    rpam_mergekit.merging.method.activate()
-    with timed_digests() as digests:
-        began = time.perf_counter()
-        run_merge(
-            MergeConfiguration.model_validate(config),
-            str(out),
-            MergeOptions(quiet=True, device="cpu"),
-        )
-        seconds = time.perf_counter() - began
+    activate()
+    parsed = MergeConfiguration.model_validate(config)
+    began = time.perf_counter()
+    run_merge(parsed, str(out), MergeOptions(quiet=True, device="cpu"))
+    merged = time.perf_counter()
+    if parsed.merge_method == "rpam":
+        content_digests(parsed.referenced_models())
+    digested = time.perf_counter()
     shutil.rmtree(out)
-    return seconds, sum(digests)
-
-
-@contextmanager
-def timed_digests() -> Iterator[list[float]]:
-    """Record the seconds of every digest, in whichever module it is called from."""
-    seconds: list[float] = []
-    original = rpam_mergekit.models.checkpoint.content_digests
-
-    def timed(*arguments):
-        began = time.perf_counter()
-        try:
-            return original(*arguments)
-        finally:
-            seconds.append(time.perf_counter() - began)
-
-    users = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("rpam_mergekit")
-        and getattr(module, "content_digests", None) is original
-    ]
-    for module in users:
-        module.content_digests = timed
-    try:
-        yield seconds
-    finally:
-        for module in users:
-            module.content_digests = original
+    return merged - began, digested - merged
 
 
 def report(runs: dict[str, list[Outcome]], largest: dict[str, int]) -> None:
@@ -166,18 +143,15 @@ def report(runs: dict[str, list[Outcome]], largest: dict[str, int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={"hidden": 128, "layers": 2, "repetitions": 1},
+        hidden=1536,
+        layers=12,
+        granularities="tensor,low_rank,element",
+        repetitions=5,
+        folder=(Path, "for the checkpoints"),
     )
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--granularities", default="tensor,low_rank,element")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="for the checkpoints")
-    parser.add_argument("--quick", action="store_true", help="a test of this script")
-    args = parser.parse_args()
-    if args.quick:
-        args.hidden, args.layers, args.repetitions = 128, 2, 1
     wanted = args.granularities.split(",")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

@@ -12,14 +12,13 @@ pages of the checkpoint files. transformers leaves the weights of a whole model 
 so that the two are compared by their resident memory, anonymous and mapped together.
 """
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from _machine import describe, mib, own_process, table
-from _random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import command_line, describe, mib, numbers, own_process, table
+from _random_pairs import checkpoint_bytes, fit_pair, small_config, write_pair
 from transformers import AutoModelForCausalLM
 
 FLAT = 0.10  # how much the largest peak may lie above the smallest
@@ -28,9 +27,8 @@ FLAT = 0.10  # how much the largest peak may lie above the smallest
 def make(folder: Path, hidden: int, layers: int, per_pattern: int) -> int:
     """Write a pair; return the bytes of one checkpoint."""
     config = small_config(hidden, layers, intermediate_size=4 * hidden)
-    write_pair(folder, config, torch.bfloat16)
-    write_calibration(folder / "calibration.jsonl", per_pattern)
-    return sum(p.stat().st_size for p in (folder / "long").glob("*.safetensors"))
+    write_pair(folder, config, per_pattern, torch.bfloat16)
+    return checkpoint_bytes(folder)
 
 
 def pre_pass(folder: Path, granularity: str, per_pattern: int, tokens: str) -> None:
@@ -54,21 +52,18 @@ def whole(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={"layers": "2,16", "hidden": 64, "per_pattern": 2},
+        layers="8,16,32,64",
+        hidden=1024,
+        per_pattern=(16, "queries"),
+        granularity="low_rank",
+        tokens="prompt",
+        folder=(Path, "for the pairs, on a large disk"),
     )
-    parser.add_argument("--layers", default="8,16,32,64")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--per-pattern", type=int, default=16, help="queries")
-    parser.add_argument("--granularity", default="low_rank")
-    parser.add_argument("--tokens", default="prompt")
-    parser.add_argument("--folder", type=Path, help="for the pairs, on a large disk")
-    parser.add_argument("--quick", action="store_true", help="a test of this script")
-    args = parser.parse_args()
-    if args.quick:
-        args.layers, args.hidden, args.per_pattern = "2,16", 64, 2
     rows, peaks, below = [], [], []
-    for layers in map(int, args.layers.split(",")):
+    for layers in numbers(args.layers):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
             made = own_process(make, folder, args.hidden, layers, args.per_pattern)

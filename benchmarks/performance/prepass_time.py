@@ -10,14 +10,13 @@ is cheaper. Attention's own cost grows with the square of the length of a prompt
 small at the lengths of real ones, which do not change here.
 """
 
-import argparse
 import statistics
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _machine import describe, own_process, spread, table
-from _random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import command_line, describe, numbers, own_process, spread, table
+from _random_pairs import fit_pair, small_config, write_pair
 
 
 @dataclass
@@ -36,9 +35,7 @@ class Point:
 
 def make(folder: Path, hidden: int, layers: int, per_pattern: int) -> tuple[int, int]:
     """Write a pair and its queries; return tokens and parameters of a layer."""
-    folder.mkdir(parents=True)
-    write_pair(folder, small_config(hidden, layers))
-    lengths = write_calibration(folder / "calibration.jsonl", per_pattern)
+    lengths = write_pair(folder, small_config(hidden, layers), per_pattern)
     tokens = sum(prompt for prompt, _ in lengths)
     head = hidden // max(hidden // 64, 2)
     heads = hidden // head
@@ -87,23 +84,24 @@ def draw(groups: dict[str, list[Point]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={
+            "queries": "2,4,8",
+            "widths": "128,256,384",
+            "layers": 1,
+            "epochs": 1,
+            "repetitions": 1,
+        },
+        queries=("32,64,128", "per pattern"),
+        widths=("256,384,512", "multiples of 128"),
+        layers=2,
+        granularity="low_rank",
+        epochs=5,
+        repetitions=3,
+        plot=(Path, "the picture to write"),
     )
-    parser.add_argument("--queries", default="32,64,128", help="per pattern")
-    parser.add_argument("--widths", default="256,384,512", help="multiples of 128")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--granularity", default="low_rank")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a test of this script")
-    args = parser.parse_args()
-    if args.quick:
-        args.queries, args.widths, args.layers = "2,4,8", "128,256,384", 1
-        args.epochs, args.repetitions = 1, 1
-    queries = [int(n) for n in args.queries.split(",")]
-    widths = [int(n) for n in args.widths.split(",")]
+    queries, widths = numbers(args.queries), numbers(args.widths)
     groups: dict[str, list[Point]] = {"prompt tokens": [], "parameters a layer": []}
     with tempfile.TemporaryDirectory() as name:
         for count in queries:

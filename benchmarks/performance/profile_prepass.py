@@ -3,79 +3,65 @@
     python benchmarks/performance/profile_prepass.py [--quick]
 
 Runs the pre-pass on a pair of random checkpoints and prompts as long as those of the
-authors' pool: once with a clock around each of its phases, and once under PyTorch's
-profiler, for the share of every operation in the time of all.
+authors' pool: once under Python's profiler, for the share of each of its phases in the
+time of all, and once under PyTorch's, for that of every operation. A phase is a
+function of the package, with all that it calls.
 """
 
-import argparse
-import functools
+import cProfile
+import pstats
 import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
-from _machine import describe, table
-from _random_pairs import fit_pair, small_config, write_calibration, write_pair
+from _machine import command_line, describe, table
+from _random_pairs import fit_pair, small_config, write_pair
 from torch.profiler import ProfilerActivity, profile
 
-from rpam_mergekit.formats.solved_layers import SolvedLayers
-from rpam_mergekit.models.weights import ExpertWeights
-from rpam_mergekit.prepass.run import PrePass
-
 PHASES = {
-    "solving": (PrePass, "_minimise"),
-    "experts' outputs": (PrePass, "run_experts"),
-    "gap before and after, merged stream": (PrePass, "layer_gap"),
-    "loading weights": (ExpertWeights, "layer"),
-    "recording": (PrePass, "_entered"),
-    "solved layers to disk": (SolvedLayers, "__setitem__"),
+    "solving": "prepass/layer.py:minimise",
+    "experts' outputs": "prepass/run.py:run_experts",
+    "gap before and after, merged stream": "prepass/run.py:layer_gap",
+    "loading weights": "models/weights.py:layer",
+    "recording": "replay/recording.py:streams",
+    "solved layers to disk": "formats/solved_layers.py:__setitem__",
 }
 SHOWN = 12
 
 
-def clocked(seconds: dict[str, float]) -> None:
-    """Put a clock around every phase."""
-    for phase, (owner, name) in PHASES.items():
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def timed(*args, _original=original, _phase=phase, **kwargs):
-            began = time.perf_counter()
-            try:
-                return _original(*args, **kwargs)
-            finally:
-                seconds[_phase] += time.perf_counter() - began
-
-        setattr(owner, name, timed)
+def seconds_of(calls: pstats.Stats, phase: str) -> float:
+    """Return the time in a function and what it calls."""
+    file, _, function = phase.partition(":")
+    (found,) = (
+        seconds
+        for (path, _, name), (_, _, _, seconds, _) in calls.stats.items()
+        if Path(path).as_posix().endswith(f"/{file}") and name == function
+    )
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={"hidden": 64, "layers": 1, "per_pattern": 4, "epochs": 2},
+        hidden=512,
+        layers=2,
+        per_pattern=(32, "queries"),
+        granularity="low_rank",
+        epochs=15,
     )
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--per-pattern", type=int, default=32, help="queries")
-    parser.add_argument("--granularity", default="low_rank")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="a test of this script")
-    args = parser.parse_args()
-    if args.quick:
-        args.hidden, args.layers, args.per_pattern, args.epochs = 64, 1, 4, 2
     settings = {"granularity": args.granularity, "tokens": "prompt"}
-    seconds: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pair(folder, small_config(args.hidden, args.layers), torch.bfloat16)
-        write_calibration(folder / "calibration.jsonl", args.per_pattern)
+        config = small_config(args.hidden, args.layers)
+        write_pair(folder, config, args.per_pattern, torch.bfloat16)
         fit_pair(folder, epochs=1, **settings)  # what is slow the first time only
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             fit_pair(folder, epochs=min(args.epochs, 3), **settings)
-        clocked(seconds)
-        began = time.perf_counter()
-        fit_pair(folder, epochs=args.epochs, **settings)
-        whole = time.perf_counter() - began
+        with cProfile.Profile() as clocked:
+            fit_pair(folder, epochs=args.epochs, **settings)
+    calls = pstats.Stats(clocked)
+    whole, seconds = calls.total_tt, {n: seconds_of(calls, PHASES[n]) for n in PHASES}
     print(describe())
     print(
         f"{args.hidden} wide, {args.layers} layers, {args.per_pattern} prompts per "

@@ -10,7 +10,6 @@ code in a process of its own, forked when the libraries have been imported: kill
 Python starts meet nothing. Exits with 1 if any byte differs.
 """
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -23,18 +22,17 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from _machine import describe, table
-from _random_pairs import rpam_config, small_config, write_calibration, write_pair
+from _machine import command_line, describe, own_process, table
+from _random_pairs import checkpoint_bytes, rpam_config, small_config, write_pair
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-import rpam_mergekit.merging.method
+from rpam_mergekit.merging.method import activate
 
 SHARDS = 12  # of the output, so that kills can fall between two of them
 
 
 def make(folder: Path, hidden: int, layers: int, per_pattern: int, epochs: int) -> None:
-    write_pair(folder, small_config(hidden, layers))
-    write_calibration(folder / "calibration.jsonl", per_pattern, longest=100)
+    write_pair(folder, small_config(hidden, layers), per_pattern, longest=100)
     config = rpam_config(folder, epochs=epochs, tokens="prompt")
     (folder / "rpam.yml").write_text(yaml.safe_dump(config))
 
@@ -44,9 +42,8 @@ def run(pair: Path, out: Path) -> None:
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
-    rpam_mergekit.merging.method.activate()
-    size = sum(p.stat().st_size for p in (pair / "long").glob("*.safetensors"))
-    options = ["--out-shard-size", str(size // SHARDS)]
+    activate()
+    options = ["--out-shard-size", str(checkpoint_bytes(pair) // SHARDS)]
     mergekit_yaml([str(pair / "rpam.yml"), str(out), *options])
 
 
@@ -97,29 +94,22 @@ def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={"kills": 4, "hidden": 64, "layers": 3},
+        kills=20,
+        seed=0,
+        hidden=512,
+        layers=6,
+        per_pattern=(4, "queries"),
+        epochs=2,
     )
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--per-pattern", type=int, default=4, help="queries")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a test of this script")
-    args = parser.parse_args()
-    if args.quick:
-        args.kills, args.hidden, args.layers, args.epochs = min(args.kills, 4), 64, 3, 2
     rng = random.Random(args.seed)
     rows, phases, broken = [], Counter(), 0
     with tempfile.TemporaryDirectory() as name:
         pair = Path(name)
-        maker = multiprocessing.get_context("fork").Process(
-            target=make,
-            args=(pair, args.hidden, args.layers, args.per_pattern, args.epochs),
-        )
-        maker.start()
-        maker.join()
+        of_pair = (args.hidden, args.layers, args.per_pattern, args.epochs)
+        own_process(make, pair, *of_pair)
         (pair / "alone").mkdir()
         whole = finish(pair, pair / "alone" / "out")
         expected = content(pair / "alone" / "out")

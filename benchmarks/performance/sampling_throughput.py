@@ -10,7 +10,6 @@ AIME are whole numbers), and MATH-500's answers against each other's golds, whic
 mostly need computer algebra.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 
 import psutil
+from _machine import MIB, command_line
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -148,14 +148,7 @@ def grading_rates(batches: list[tuple], passes: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--queries", type=int, default=20000)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--responses", type=Path, default=REAL)
-    parser.add_argument("--passes", type=int, default=7)
-    args = parser.parse_args()
+    args = command_line(__doc__, queries=20000, samples=1, responses=Path, passes=7)
     with tempfile.TemporaryDirectory() as name, Stub() as stub:
         folder = Path(name)
         starting, _ = timed(stub.url, folder, 10, args.samples)
@@ -167,13 +160,13 @@ def main() -> None:
     early = [m for t, m in figures["memory"] if 0.1 <= t < 0.3]
     late = [m for t, m in figures["memory"] if t >= 0.8]
     if early and late:
-        a, b = statistics.median(early) / 2**20, statistics.median(late) / 2**20
+        a, b = statistics.median(early) / MIB, statistics.median(late) / MIB
         print(
             f"client memory   {a:.0f} MiB at 10 to 30 % of the queries, {b:.0f} MiB "
             "from 80 % on"
         )
     for name, path, read in (
-        ("real responses", args.responses, real_responses),
+        ("real responses", args.responses or REAL, real_responses),
         ("MATH-500 answers", MATH500, swapped_golds),
     ):
         if not path.exists():

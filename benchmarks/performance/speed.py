@@ -19,17 +19,15 @@ higher than the plain procedure's.
 the script works, its ratios say nothing.
 """
 
-import argparse
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import Outcome, describe, own_process, spread, table
+from _machine import Outcome, command_line, describe, own_process, spread, table
 from _published import Plain, Published
-from _random_pairs import fit_pair, prompts, small_config, write_calibration, write_pair
+from _random_pairs import fit_pair, prompts, small_config, write_pair
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -58,7 +56,7 @@ class Trial:
     per_pattern: int
     longest: int | None
     published: Published
-    ladder: tuple[int, ...] | None
+    ladder: tuple[int, ...]
 
     @property
     def solution(self) -> Path:
@@ -69,9 +67,12 @@ class Trial:
 
 
 def make(trial: Trial, hidden: int, layers: int) -> None:
-    write_pair(trial.folder, small_config(hidden, layers), seed=trial.seed)
-    write_calibration(
-        trial.folder / "calibration.jsonl", trial.per_pattern, trial.seed, trial.longest
+    write_pair(
+        trial.folder,
+        small_config(hidden, layers),
+        trial.per_pattern,
+        seed=trial.seed,
+        longest=trial.longest,
     )
 
 
@@ -88,8 +89,7 @@ def solve(trial: Trial, way: str, epochs: int) -> None:
     # The alignment of a batch is a sum over its prompts, the contrast a mean.
     share = settings.get("batch_size", published.batch_size) / published.batch_size
     omega = published.contrastive_weight * share
-    path = fit_pair(trial.folder, contrastive_weight=omega, **settings)
-    shutil.copy(path, trial.solution)
+    fit_pair(trial.folder, out=trial.solution, contrastive_weight=omega, **settings)
 
 
 def solution(path: Path) -> dict[str, torch.Tensor]:
@@ -164,7 +164,7 @@ def compare(trial: Trial, wanted: list[str], rows: list[list[str]]) -> dict[str,
             name = f"plain, {granularity}"
             rows.append(_row(trial, name, epochs, *plain[granularity]))
         aim = plain[granularity]
-        for epochs in trial.ladder or EPOCHS:
+        for epochs in trial.ladder:
             outcome = own_process(solve, trial, way, epochs)
             seconds, mean, last = judged(trial, outcome)
             row = _row(trial, f"ours, {way}", str(epochs), seconds, mean, last)
@@ -190,23 +190,26 @@ def _figures(mean: float, last: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = command_line(
+        __doc__,
+        quick={
+            "hidden": 32,
+            "layers": 2,
+            "per_pattern": 16,
+            "plain_epochs": 3,
+            "padded": 128,
+            "repetitions": 1,
+        },
+        hidden=128,
+        layers=4,
+        per_pattern=(64, "queries"),
+        plain_epochs=50,
+        padded=1024,
+        repetitions=(3, "pairs, by seed"),
+        ways=(",".join(WAYS), "of ours"),
+        folder=(Path, "for the pairs; kept"),
     )
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--per-pattern", type=int, default=64, help="queries")
-    parser.add_argument("--plain-epochs", type=int, default=50)
-    parser.add_argument("--padded", type=int, default=1024)
-    parser.add_argument("--repetitions", type=int, default=3, help="pairs, by seed")
-    parser.add_argument("--ways", default=",".join(WAYS), help="of ours")
-    parser.add_argument("--folder", type=Path, help="for the pairs; kept")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    longest, ladder = None, None
-    if args.quick:
-        args.hidden, args.layers, args.per_pattern, args.repetitions = 32, 2, 16, 1
-        args.padded, args.plain_epochs, longest, ladder = 128, 3, 100, (1, 3, 12, 50)
+    longest, ladder = (100, (1, 3, 12, 50)) if args.quick else (None, EPOCHS)
     # Omega is published for models 2560 wide; the summed error grows with the width.
     omega = round(1000 * args.hidden / 2560, 3)
     published = Published(

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "two_patterns"))
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "quickstart"))
 
+import json_lines
 from evaluate import respond
 from measure import load
 from pairs import Pair, Stage, cache
@@ -36,7 +37,7 @@ from training import build
 
 from rpam_mergekit.sampling.labels import pattern_of
 
-__all__ = ["cache", "load", "respond"]  # of the other study
+__all__ = ["cache", "json_lines", "load", "respond"]  # of the other study
 
 PATTERNS = ("long", "short", "code")
 EASY, HARD = 1, 2

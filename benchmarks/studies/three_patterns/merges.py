@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experts import PATTERNS, TASK, form, load, queries, respond, right
+from experts import PATTERNS, TASK, form, json_lines, load, queries, respond, right
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -167,19 +167,14 @@ def run_all(
     has answered the same queries.
     """
     path = folder / "results.jsonl"
-    content = path.read_bytes() if path.exists() else b""
-    content = content[: content.rfind(b"\n") + 1]  # killed while it wrote
-    path.write_bytes(content)
     problem = [digest(folder), list(seeds), each, parse_settings({}).problem()]
-    records = [json.loads(line) for line in content.decode().splitlines()]
+    records = json_lines.read(path)
     done = {r["job"]: r["sums"] for r in records if r["problem"] == problem}
     todo = [job for job in jobs if job.key not in done]
-    with open(path, "a", encoding="utf-8") as file:
-        for job in tqdm(todo, unit="model", mininterval=5):
-            done[job.key] = run_job(job, folder, seeds, each)
-            record = {"job": job.key, "sums": done[job.key], "problem": problem}
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+    for job in tqdm(todo, unit="model", mininterval=5):
+        done[job.key] = run_job(job, folder, seeds, each)
+        record = {"job": job.key, "sums": done[job.key], "problem": problem}
+        json_lines.append(path, record)
     return {job: done[job.key] for job in jobs}
 
 

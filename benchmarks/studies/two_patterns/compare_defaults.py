@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import json_lines
 from calibrations import calibrated
 from figures import Mix, Point, interval, over_chance, point
 from jobs import SEEDS, Job, rpam
@@ -56,25 +57,16 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: dict[tuple, Record] = {}
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:  # killed while it wrote
-            path.write_bytes(whole)
-        for line in whole.decode().splitlines():
-            record = json.loads(line)
-            self.records[self._key(record)] = record
+        self.records: dict[tuple, Record] = {
+            self._key(record): record for record in json_lines.read(path)
+        }
 
     def get(self, job: Job, models: str, code: str | None) -> Record | None:
         return self.records.get((job.key, models, code))
 
     def add(self, record: Record) -> None:
         self.records[self._key(record)] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        json_lines.append(self.path, record)
 
     @staticmethod
     def _key(record: Record) -> tuple:

@@ -23,6 +23,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import json_lines
 from calibrations import calibrated, calibration
 from jobs import GROUPS, STUDYS_OWN, Job, interpolation, jobs, shortened
 from pairs import PAIRS, STUDIED, Pair, cache
@@ -140,24 +141,17 @@ class Results:
     def __init__(self, pair: Pair, folder: Path) -> None:
         self.path = folder / f"{pair.name}.jsonl"
         self.records: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            models = digest(pair)
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # killed while it wrote
-                self.path.write_bytes(whole)
-            for line in whole.decode().splitlines():
-                record = json.loads(line)
-                today = settings(record["job"]["config"])
-                if record["models"] == models and record["settings"] == today:
-                    key = json.dumps(record["job"], sort_keys=True)
-                    self.records[key] = record
+        records = json_lines.read(self.path)
+        models = digest(pair) if records else ""
+        for record in records:
+            today = settings(record["job"]["config"])
+            if record["models"] == models and record["settings"] == today:
+                key = json.dumps(record["job"], sort_keys=True)
+                self.records[key] = record
 
     def add(self, record: dict[str, Any]) -> None:
         self.records[json.dumps(record["job"], sort_keys=True)] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        json_lines.append(self.path, record)
 
 
 def refinement(pair: Pair, results: Results) -> list[Job]:

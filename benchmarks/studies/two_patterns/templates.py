@@ -1,7 +1,7 @@
 """Chat templates of the study's experts: plain, and those that open the thinking.
 
 All write a conversation of user and assistant turns alike. The kinds that open it do
-so as published models do, without the line breaks, which its tokenizers lack.
+so as published models do, without the line breaks, which these tokenizers lack.
 """
 
 from __future__ import annotations
