@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := examples/quickstart
 SMOLLM2 := examples/smollm2
+STUDY := benchmarks/studies/two_patterns
 
 .PHONY: help quickstart smollm2 test lint evidence clean
 
@@ -35,9 +36,9 @@ lint: $(VENV)/installed  ## Check style, types, imports and spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell *.md docs examples benchmarks rpam_mergekit startup
 
-evidence: $(VENV)/installed  ## Build the lab, run the study, write docs/evidence.md
-	$(BIN)/python benchmarks/lab/study.py $(if $(QUICK),--quick --results build/evidence)
-	$(BIN)/python benchmarks/lab/evidence.py $(if $(QUICK),--results build/evidence --docs build/evidence)
+evidence: $(VENV)/installed  ## Build the pairs, run the study, write docs/evidence.md
+	$(BIN)/python $(STUDY)/study.py $(if $(QUICK),--quick --results build/evidence)
+	$(BIN)/python $(STUDY)/evidence.py $(if $(QUICK),--results build/evidence --docs build/evidence)
 
 clean:  ## Remove the environment and the examples' output
 	rm -rf $(VENV) $(QUICKSTART)/out

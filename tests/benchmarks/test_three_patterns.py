@@ -16,12 +16,12 @@ from helpers.paths import ROOT
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "studies" / "three_patterns"))
 
-import three_experts as trio
-import three_merges as merges
-import three_patterns as three
-from three_experts import PATTERNS, TASK
+import compare as three
+import experts as trio
+import merges
+from experts import PATTERNS, TASK
 
 END = trio.END
 
@@ -108,7 +108,7 @@ def test_a_cell_computed_by_hand():
 
 def test_a_quick_run_and_one_that_goes_on(tmp_path):
     options = ("--quick", "--folder", str(tmp_path))
-    process = benchmark("three_patterns", *options)
+    process = benchmark("studies/three_patterns/compare", *options)
     whole, parts = tables(process)
     assert [row[""] for row in parts] == [row[""] for row in whole]
     named = {row[""]: row for row in whole}
@@ -128,7 +128,7 @@ def test_a_quick_run_and_one_that_goes_on(tmp_path):
     results = tmp_path / "results.jsonl"
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed as it wrote
-    again = benchmark("three_patterns", *options)
+    again = benchmark("studies/three_patterns/compare", *options)
     assert tables(again) == [whole, parts]
     assert results.read_text().splitlines(keepends=True) == lines
 

@@ -13,6 +13,7 @@ FOLDER = ROOT / "benchmarks"
 
 
 def benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the script `name` under benchmarks/, such as `performance/speed`."""
     return run([sys.executable, str(FOLDER / f"{name}.py"), *options])
 
 

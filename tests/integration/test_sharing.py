@@ -299,8 +299,8 @@ def test_the_examples_of_the_page_run(published, pair, tmp_path):
 
 
 def test_the_page_quotes_the_computed_sizes(monkeypatch):
-    """As benchmarks/coefficient_size.py computes them from shapes."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    """As benchmarks/performance/coefficient_size.py computes them from shapes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "performance"))
     from coefficient_size import file_bytes, largest_rank, parameters, shapes_of
     from coefficient_size import published as configs
 

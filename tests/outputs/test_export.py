@@ -264,7 +264,7 @@ def test_other_methods_are_refused(finer):
 
 def test_the_size_of_coefficients_is_measured_and_computed():
     """The shares that the documentation quotes: under 2 % from some rank down."""
-    process = benchmark("coefficient_size", "--quick")
+    process = benchmark("performance/coefficient_size", "--quick")
     (measured,), computed = printed(process)
     assert abs(number(measured["computed, % off"])) < 1
     for row in computed:
