@@ -74,6 +74,17 @@ def test_the_architecture_page_names_what_there_is():
     assert listed == folders
 
 
+def test_the_architecture_page_names_functions_of_these_files():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Where is ...\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+/\w+\.py)` \((`[^)]+)\)", section)
+    assert len(named) >= 4
+    for file, functions in named:
+        source = (ROOT / "rpam_mergekit" / file).read_text(encoding="utf-8")
+        for function in re.findall(r"`(\w+)`", functions):
+            assert f"def {function}(" in source, f"{file}: {function}"
+
+
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 # Objects whose keys are no fields: settings, names, what the data has.
 DATA_KEYS = {"settings", "fixed", "queries", "scores", "extra_body", "source"}
