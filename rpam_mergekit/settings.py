@@ -372,7 +372,7 @@ def _finding(error: Any) -> str:
 
 
 def settings_table() -> str:
-    """Return the settings as the Markdown table of the README."""
+    """Return the settings as the Markdown table of docs/settings.md."""
     lines = ["| parameter | default | |", "|---|---|---|"]
     for name, field in RpamSettings.model_fields.items():
         default = "" if field.default is None else f"`{field.default}`"

@@ -6,12 +6,13 @@ import json
 import re
 import shlex
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from helpers.commands import merge_here, run
 from helpers.models import merge_config
-from helpers.pages import shell_lines
+from helpers.pages import anchors, links, shell_lines
 from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.cli.main import main
 from rpam_mergekit.formats import calibration, coefficients, samples
@@ -71,6 +72,17 @@ def test_the_architecture_page_names_what_there_is():
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert listed == folders
+
+
+def test_the_architecture_page_names_functions_of_these_files():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Where is ...\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+/\w+\.py)` \((`[^)]+)\)", section)
+    assert len(named) >= 4
+    for file, functions in named:
+        source = (ROOT / "rpam_mergekit" / file).read_text(encoding="utf-8")
+        for function in re.findall(r"`(\w+)`", functions):
+            assert f"def {function}(" in source, f"{file}: {function}"
 
 
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -176,9 +188,35 @@ def test_the_formats_page_has_the_versions():
     }
 
 
-def test_links_between_pages_lead_somewhere():
-    pages = [*PAGES, *ROOT.glob("*.md")]
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def linked_pages() -> list[Path]:
+    """Return all pages of the repository that a reader may come by.
+
+    The findings are no page: the study writes them into docs/evidence.md.
+    """
+    folders = ("", ".github", "docs", "examples")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.md")]
+    pages += (ROOT / "benchmarks").rglob("*.md")
+    return sorted({*PAGES, *(page for page in pages if page.name != "findings.md")})
+
+
+@pytest.mark.parametrize(
+    "page", linked_pages(), ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_links_lead_to_a_file_and_to_a_heading_in_it(page):
+    lost = []
+    for path, anchor in links(page):
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(f"{path}#{anchor}" if anchor else path)
+    assert not lost
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A merge, in `seven` steps\n\n## [Where is](x.md) ...?\n\n```sh\n# no\n```\n"
+        "## Notes\n\n## Notes\n\n[a](#notes) [b](y.md#z) [c](https://x.org/#q)\n"
+    )
+    expected = {"a-merge-in-seven-steps", "where-is-", "notes", "notes-1"}
+    assert anchors(page) == expected
+    assert links(page) == [("x.md", ""), ("", "notes"), ("y.md", "z")]

@@ -16,7 +16,6 @@ from helpers.commands import run, succeeded
 from helpers.merged import tensors
 from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.formats.calibration import read_calibration
-from rpam_mergekit.settings import settings_table
 
 
 def test_the_task_is_evaluated_from_left_to_right():
@@ -138,10 +137,6 @@ def test_the_sweep_in_memory_is_mergekits_linear(tmp_path, mergekit_yaml):
     assert on_disk.keys() == in_memory.keys()
     for name, value in on_disk.items():
         assert torch.equal(value.float(), in_memory[name]), name
-
-
-def test_the_readme_documents_every_parameter():
-    assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

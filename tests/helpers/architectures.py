@@ -5,7 +5,7 @@ as a program,
 
     python tests/helpers/architectures.py
 
-prints the table that the README shows; a test holds the README to it.
+prints the tables of docs/architectures.md; a test holds the page to them.
 """
 
 from __future__ import annotations
@@ -443,7 +443,7 @@ def _listed(architectures: Iterable[Architecture]) -> str:
 
 
 def table() -> str:
-    """Return the matrix as the README's two tables, in Markdown."""
+    """Return the matrix as the two tables of docs/architectures.md, in Markdown."""
     types = {entry.model_type for entry in MERGED}
     lines = [f"| merged ({len(types)} model types) | |", "|---|---|"]
     for kind in KINDS:

@@ -225,5 +225,6 @@ def test_experts_that_no_token_reaches_keep_the_initial_weight(
     assert_merged_by_formula(tmp_path)
 
 
-def test_the_readme_shows_the_matrix():
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_matrix():
+    page = ROOT / "docs" / "architectures.md"
+    assert table() in page.read_text(encoding="utf-8")

@@ -247,9 +247,9 @@ def test_the_start_up_files_work_on_other_pythons(tmp_path, minor):
     assert (process.stdout, process.stderr) == ("_Finder\nTrue\n", "")
 
 
-def test_the_readme_shows_both_files_in_full():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_on_security_shows_both_files_in_full():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     for name in STARTUP_FILES:
         content = (ROOT / "startup" / name).read_text()
-        assert content.strip() in readme
+        assert f"| `{name}` | `{content.strip()}` |" in page
         assert content.count("\n") == 1
