@@ -47,12 +47,15 @@ def reachable(options: MergeOptions) -> Iterator[None]:
         if not asked and not Path(self.model.path).exists():
             asked = True
             constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or unreachable()
-        return read(self, *args, **kwargs)
+        found: PretrainedConfig = read(self, *args, **kwargs)
+        return found
 
     @functools.wraps(resolve)
     def local_path(self: ModelReference, *args: Any, **kwargs: Any) -> str:
+        folder: str
         if self.lora is not None or Path(self.model.path).exists():
-            return resolve(self, *args, **kwargs)
+            folder = resolve(self, *args, **kwargs)
+            return folder
         try:
             folder = resolve(self, *args, **kwargs)
         except Exception as error:  # of huggingface_hub, or of its HTTP client
@@ -107,7 +110,7 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     are downloaded.
     """
     findings: list[str] = []
-    config = None
+    config: PretrainedConfig | None = None
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
@@ -122,7 +125,8 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     if reason:
         findings.append(f"{model}: its weights cannot be read: {reason}")
     findings += adapter_findings(model, None if reason else config, options)
-    if config and len(config.architectures or ()) != 1:
+    architectures = (config.architectures if config else None) or []
+    if config and len(architectures) != 1:
         findings.append(
             f"{model}: architectures in its config.json: found "
             f"{config.architectures}, expected one, such as ['Qwen2ForCausalLM']."
@@ -130,7 +134,7 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     elif config and model.lora is not None and arch_info_for_config(config) is None:
         findings.append(
             f"{model}: mergekit merges adapters only for architectures that it "
-            f"defines, not for {config.architectures[0]}. Merge the adapter "
+            f"defines, not for {architectures[0]}. Merge the adapter "
             "into a model folder first (peft's merge_and_unload), and name that folder."
         )
     refuse(findings)
