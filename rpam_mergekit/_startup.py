@@ -11,6 +11,13 @@ mergekit 0.1.5 has no plugin discovery. Its own `register` is complete once the 
 import os
 import sys
 
+TYPE_CHECKING = False  # as of typing, which a start of Python need not import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 SWITCH = "RPAM_MERGEKIT_AUTOLOAD"
 # mergekit module -> module and function of ours that is called once it has run
 HOOKS = {
@@ -25,9 +32,15 @@ class _Finder:
 
     def __init__(self) -> None:
         self.awaited = dict(HOOKS)
-        self.put_off: list = []  # (hook, module), until the plugin is imported
+        # Hooks and modules, until the plugin is imported.
+        self.put_off: list[tuple[str, ModuleType]] = []
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self,
+        name: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
         hook = self.awaited.pop(name, None)
         if hook is None:
             return None
@@ -42,17 +55,21 @@ class _Finder:
 class _Loader:
     """Delegates to the real loader, then calls the hook with the loaded module."""
 
-    def __init__(self, loader, hook: tuple[str, str], finder: _Finder) -> None:
+    def __init__(
+        self, loader: "Loader", hook: "tuple[str, str]", finder: _Finder
+    ) -> None:
         self.loader, self.hook, self.finder = loader, hook, finder
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         return getattr(self.loader, name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         return self.loader.create_module(spec)
 
-    def exec_module(self, module) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+    def exec_module(self, module: "ModuleType") -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
         self.loader.exec_module(module)
         name, function = self.hook
         plugin = sys.modules.get(name)
@@ -77,7 +94,7 @@ class _Loader:
             )
 
 
-def catch_up(plugin) -> None:
+def catch_up(plugin: "ModuleType") -> None:
     """Run the hooks that were put off while `plugin` was being imported."""
     for finder in sys.meta_path:
         put_off = getattr(finder, "put_off", [])

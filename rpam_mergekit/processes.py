@@ -68,7 +68,7 @@ class Processes:
         """Return what the first process passed as `value`."""
         if self.count == 1:
             return value
-        told: list[Any] = [value]
+        told: list[T] = [value]
         with _others_alive(self.rank):
             distributed.broadcast_object_list(told)
         return told[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from rpam_mergekit.chat.thinking import ThinkingMode, thinking_of
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, draw_queries
 from rpam_mergekit.settings import RpamSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PADDING = 0.25  # of a batch, at most
 MOST_FINDINGS = 20
@@ -82,7 +85,7 @@ class Batch:
 
 def encode_calibration(
     calibration: CalibrationSet,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     settings: RpamSettings,
     thinking: ThinkingMode | None = None,
@@ -135,7 +138,10 @@ def encode_calibration(
 
 
 def _prompts(
-    calibration: CalibrationSet, tokenizer, vocabulary: int, thinking: ThinkingMode
+    calibration: CalibrationSet,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    thinking: ThinkingMode,
 ) -> list[list[int]]:
     """Return all prompts as token ids. Raises `RpamError` with all findings."""
     prompts, findings = [], []
@@ -247,7 +253,7 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
 
 
 def template_problem(
-    conversation: Sequence[Mapping[str, Any]], tokenizer
+    conversation: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
     """Return what the chat template does wrong with a conversation, or None.
 
@@ -269,7 +275,9 @@ def template_problem(
 
 
 def prompt_text(
-    conversation: Sequence[Mapping[str, str]], tokenizer, **rendering: Any
+    conversation: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    **rendering: Any,
 ) -> str:
     """Return the prompt up to where the response begins, by the chat template.
 
@@ -278,14 +286,25 @@ def prompt_text(
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n\n".join(turn["content"] for turn in conversation)
-    return tokenizer.apply_chat_template(
-        list(conversation), tokenize=False, add_generation_prompt=True, **rendering
+    return _rendered(conversation, tokenizer, add_generation_prompt=True, **rendering)
+
+
+def _rendered(
+    conversation: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    **rendering: Any,
+) -> str:
+    """Return what the chat template makes of a conversation."""
+    text = tokenizer.apply_chat_template(
+        [dict(turn) for turn in conversation], tokenize=False, **rendering
     )
+    assert isinstance(text, str)  # it was not to be tokenised
+    return text
 
 
 def prompt_ids(
     conversation: Sequence[Mapping[str, str]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     thinking: ThinkingMode | None = None,
 ) -> list[int]:
     """Return the token ids of `prompt_text`, up to where `thinking` lets it go.
@@ -299,20 +318,20 @@ def prompt_ids(
     return list(tokenizer(text, add_special_tokens=plain)["input_ids"])
 
 
-def end_token(tokenizer) -> int | None:
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends an assistant turn, by the chat template.
 
     Chat models often end a turn with another token than the tokenizer's end token
     (Gemma's `<end_of_turn>`, Phi-3's `<|end|>`). The tokenizer's own, where it has no
     template or the template writes no special token behind the turn.
     """
-    usual = tokenizer.eos_token_id
+    usual: int | None = tokenizer.eos_token_id
     if getattr(tokenizer, "chat_template", None) is None:
         return usual
     said = "42 is what was said"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = _rendered(turns, tokenizer)
     except Exception:  # templates raise what they like
         return usual
     _, found, behind = text.rpartition(said)
@@ -324,7 +343,9 @@ def end_token(tokenizer) -> int | None:
     return max(ending)[1] if ending else usual
 
 
-def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
+def response_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, thinking: ThinkingMode
+) -> list[int]:
     """Return the token ids of a response.
 
     Its opening is encoded by itself, as it was when Long wrote what follows: a line
@@ -339,7 +360,9 @@ def response_ids(text: str, tokenizer, thinking: ThinkingMode) -> list[int]:
     return [token for ids in encoded for token in ids]
 
 
-def brackets(text: str, tokenizer, thinking: ThinkingMode) -> tuple[int, int | None]:
+def brackets(
+    text: str, tokenizer: PreTrainedTokenizerBase, thinking: ThinkingMode
+) -> tuple[int, int | None]:
     """Return how many of a response's tokens open its thinking, and where it closes.
 
     0 where it does not begin by opening it; None where it closes nothing. A tokenizer
@@ -361,7 +384,12 @@ def brackets(text: str, tokenizer, thinking: ThinkingMode) -> tuple[int, int | N
     return opening, min(len(before), len(whole) - 1)
 
 
-def _beyond(ids: Sequence[int], tokenizer, vocabulary: int, where: str) -> list[str]:
+def _beyond(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    where: str,
+) -> list[str]:
     worst = max(ids, default=0)
     if worst < vocabulary:
         return []

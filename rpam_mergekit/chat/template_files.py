@@ -11,9 +11,8 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rpam_mergekit.chat.template_rewriting import generation_prompt, without_opening
 from rpam_mergekit.chat.thinking import ThinkingMode
@@ -59,7 +58,9 @@ def take_out(
     return prompt is not None and not opening_of(prompt, markers), left
 
 
-def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> Any:
+def tokenizer_in(
+    folder: Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a model's folder, None where there is none."""
     try:
         return AutoTokenizer.from_pretrained(
@@ -76,7 +77,9 @@ def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, path.read_bytes().decode("utf-8")
 
 
-def _rewrite(path: Path, text: str, tokenizer: Any, markers: Markers) -> bool:
+def _rewrite(
+    path: Path, text: str, tokenizer: PreTrainedTokenizerBase, markers: Markers
+) -> bool:
     """Write a file without openings; tell whether that was possible for all of it."""
     whole = True
     changed = {}

@@ -13,10 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpam_mergekit.grading.brackets import opening_of
 from rpam_mergekit.grading.responses import Markers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # As `tokenizer.chat_template` is: one template, or several by name.
 Template = str | Mapping[str, str]
@@ -49,7 +52,9 @@ class Rendering:
     error: str = ""
 
 
-def render(tokenizer: Any, template: str | None, case: Case) -> Rendering:
+def render(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, case: Case
+) -> Rendering:
     """Return what a template makes of a case; `template` None is the tokenizer's."""
     try:
         text = tokenizer.apply_chat_template(
@@ -62,10 +67,13 @@ def render(tokenizer: Any, template: str | None, case: Case) -> Rendering:
         )
     except Exception as error:  # of Jinja, or whatever the template runs into
         return Rendering(None, f"{type(error).__name__}: {error}")
+    assert isinstance(text, str)  # it was not to be tokenised
     return Rendering(text)
 
 
-def generation_prompt(tokenizer: Any, template: Template | None) -> str | None:
+def generation_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: Template | None
+) -> str | None:
     """Return the prompt of a plain question; None where the template refuses it."""
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -73,7 +81,7 @@ def generation_prompt(tokenizer: Any, template: Template | None) -> str | None:
 
 
 def without_opening(
-    tokenizer: Any, template: Template, markers: Markers
+    tokenizer: PreTrainedTokenizerBase, template: Template, markers: Markers
 ) -> Template | None:
     """Return a template that opens no thinking, None where none can be made.
 
@@ -91,7 +99,9 @@ def without_opening(
     return _without(tokenizer, template, markers)
 
 
-def _without(tokenizer: Any, template: str, markers: Markers) -> str | None:
+def _without(
+    tokenizer: PreTrainedTokenizerBase, template: str, markers: Markers
+) -> str | None:
     battery = _battery(markers)
 
     def renders(source: str) -> Iterator[Rendering]:

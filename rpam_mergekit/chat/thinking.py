@@ -10,13 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rpam_mergekit.chat.template_rewriting import Template, generation_prompt
 from rpam_mergekit.formats.calibration import CalibrationQuery
 from rpam_mergekit.grading.brackets import KNOWN, opening_of, usual_opening, whole_turn
 from rpam_mergekit.grading.responses import END_TOKENS, Markers
 from rpam_mergekit.settings import NO_BRACKETS, RpamSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONG = "long"
 
@@ -84,7 +87,7 @@ class ThinkingMode:
 
 
 def thinking_of(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     template: Template | None,
     queries: Sequence[CalibrationQuery],
     settings: RpamSettings,
@@ -110,9 +113,11 @@ def thinking_of(
     return ThinkingMode(settings.thinking, markers, openings[0], begins)
 
 
-def opens(tokenizer: Any, template: Template | None) -> str:
+def opens(tokenizer: PreTrainedTokenizerBase | None, template: Template | None) -> str:
     """Return the text by which a template opens thinking in any known brackets."""
-    prompt = generation_prompt(tokenizer, template) if template else None
+    prompt = None
+    if tokenizer is not None and template:
+        prompt = generation_prompt(tokenizer, template)
     return next(filter(None, (opening_of(prompt or "", one) for one in KNOWN)), "")
 
 

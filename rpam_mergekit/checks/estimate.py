@@ -102,7 +102,8 @@ def _forward(decoder: Decoder, batch: Batch) -> float:
         for p in layer.parameters()
         if p.dim() > 1
     )
-    attention = 4 * config.hidden_size * length * len(decoder.layers)
+    width: int = config.hidden_size
+    attention = 4 * width * length * len(decoder.layers)
     return queries * length * (2 * used + attention)
 
 

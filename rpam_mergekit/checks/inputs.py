@@ -129,7 +129,9 @@ def _of_slices(
     return Inputs(first, ranges, findings + _gradients(config))
 
 
-def _misplaced(where: str, parameters: Mapping[str, ParameterSetting] | None):
+def _misplaced(
+    where: str, parameters: Mapping[str, ParameterSetting] | None
+) -> list[str]:
     return [
         f"{where}.{name}: rpam's parameters are the whole merge's. Put it into the "
         "top-level parameters."

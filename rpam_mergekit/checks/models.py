@@ -20,7 +20,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rpam_mergekit.errors import RpamError, collect, first_line
 from rpam_mergekit.models.checkpoint import Layout, MergeModels, plan_layout
@@ -67,7 +67,9 @@ class Matched:
 
     configs: dict[ModelReference, PretrainedConfig] = field(default_factory=dict)
     headers: dict[ModelReference, Header] = field(default_factory=dict)
-    tokenizers: dict[ModelReference, Any] = field(default_factory=dict)
+    tokenizers: dict[ModelReference, PreTrainedTokenizerBase] = field(
+        default_factory=dict
+    )
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -136,7 +138,10 @@ def _match_tokenizers(
 
 
 def _compare_configs(
-    base: ModelReference, mine: Any, other: ModelReference, its: Any
+    base: ModelReference,
+    mine: PretrainedConfig,
+    other: ModelReference,
+    its: PretrainedConfig,
 ) -> list[str]:
     if mine.architectures != its.architectures:
         return [
@@ -207,7 +212,7 @@ def head_notes(models: MergeModels, found: Matched) -> list[str]:
     ]
 
 
-def value_of(config: Any, key: str) -> Any:
+def value_of(config: PretrainedConfig, key: str) -> Any:
     """Return a config's value, None where it has none or one for each layer."""
     try:
         return getattr(config, key, None)
@@ -215,7 +220,7 @@ def value_of(config: Any, key: str) -> Any:
         return None
 
 
-def _name(config: Any) -> str:
+def _name(config: PretrainedConfig) -> str:
     return ", ".join(config.architectures or [config.model_type])
 
 

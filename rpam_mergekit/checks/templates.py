@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -18,7 +18,10 @@ from rpam_mergekit.formats.calibration import CalibrationQuery
 from rpam_mergekit.models.patches import set_chat_template
 from rpam_mergekit.settings import NO_BRACKETS, RpamSettings
 
-Tokenizers = Mapping[ModelReference, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizers = Mapping[ModelReference, "PreTrainedTokenizerBase"]
 
 
 def template_findings(config: MergeConfiguration, tokenizers: Tokenizers) -> list[str]:
@@ -55,7 +58,9 @@ def template_in_use(
 
     The config's `chat_template`, as mergekit resolves it, or that of the base.
     """
-    own = tokenizers[base].chat_template if base in tokenizers else None
+    own: Template | None = None
+    if base in tokenizers:
+        own = tokenizers[base].chat_template
     if config.chat_template == "auto":
         templates = Counter(
             one.strip() for one in map(_default, tokenizers.values()) if one
@@ -64,11 +69,12 @@ def template_in_use(
     found = SimpleNamespace(chat_template=own)
     with suppress(RuntimeError):  # which `template_findings` says
         set_chat_template(found, config)
-    return found.chat_template
+    template: Template | None = found.chat_template
+    return template
 
 
-def _default(tokenizer: Any) -> str | None:
-    template = tokenizer.chat_template
+def _default(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template: Template | None = tokenizer.chat_template
     return template.get("default") if isinstance(template, Mapping) else template
 
 
@@ -81,7 +87,7 @@ class TemplateInUse:
     """
 
     name: str = ""
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     template: Template | None = None
     thinking: ThinkingMode = field(default_factory=ThinkingMode)
     without: Template | None = None
@@ -101,8 +107,9 @@ class TemplateInUse:
         own = [one.chat_template for one in tokenizers.values()]
         thinking = thinking_of(tokenizer, template, queries, settings, own)
         without = None
-        if thinking.takes_out and template is not None and thinking.markers is not None:
-            without = without_opening(tokenizer, template, thinking.markers)
+        markers = thinking.markers if thinking.takes_out else None
+        if tokenizer is not None and template is not None and markers is not None:
+            without = without_opening(tokenizer, template, markers)
         of_config = config.chat_template is not None
         name = "chat_template" if of_config else f"the chat template of {base}"
         return cls(name, tokenizer, template, thinking, without)

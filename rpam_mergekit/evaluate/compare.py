@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate.yardsticks import Point, Yardsticks, upper_hull
@@ -32,6 +33,7 @@ from rpam_mergekit.grading.responses import CLOSED, THINKING
 DRAWS = 2000
 METRICS = ("accuracy", "tokens", "saved", "thinking", "closed", "cut_off")
 Key = tuple[str, str]  # data set, question
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,14 @@ class Table:
         self.models = models
         self.keys = keys
         generator = np.random.default_rng(seed)
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: dict[str, Floats] = {}
         for name, of in keys.items():
             drawn = generator.multinomial(len(of), [1 / len(of)] * len(of), size=draws)
             self.weights[name] = np.vstack([np.ones((1, len(of))), drawn]) / len(of)
-        self._values: dict[tuple[str, str], np.ndarray] = {}
-        self._means: dict[tuple[str, str], np.ndarray] = {}
+        self._values: dict[tuple[str, str], Floats] = {}
+        self._means: dict[tuple[str, str], Floats] = {}
 
-    def values(self, metric: str, dataset: str) -> np.ndarray:
+    def values(self, metric: str, dataset: str) -> Floats:
         """Return (models, queries); nan where a figure is unknown."""
         if (metric, dataset) not in self._values:
             rows = [
@@ -191,19 +193,19 @@ class Table:
             self._values[metric, dataset] = np.array(rows, dtype=float)
         return self._values[metric, dataset]
 
-    def means(self, metric: str, dataset: str) -> np.ndarray:
+    def means(self, metric: str, dataset: str) -> Floats:
         """Return (draws + 1, models) means over queries, or over data sets."""
         if (metric, dataset) not in self._means:
             if dataset == "all":
                 each = [self.means(metric, name) for name in self.keys]
-                found = np.mean(each, axis=0)
+                found: Floats = np.mean(each, axis=0)
             else:
                 values = self.values(metric, dataset)
                 found = self.weights[dataset] @ values.T
             self._means[metric, dataset] = found
         return self._means[metric, dataset]
 
-    def metric(self, metric: str, dataset: str) -> np.ndarray:
+    def metric(self, metric: str, dataset: str) -> Floats:
         with np.errstate(invalid="ignore", divide="ignore"):
             if metric == "saved":
                 tokens = self.means("tokens", dataset)
@@ -235,7 +237,7 @@ class Table:
         return found
 
 
-def estimate(values: np.ndarray) -> Estimate:
+def estimate(values: Floats) -> Estimate:
     """Return the first value with the 95 % interval of the others."""
     if not np.isfinite(values[0]):
         return Estimate(None)

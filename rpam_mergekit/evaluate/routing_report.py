@@ -87,7 +87,8 @@ def _falls_short(figures: Mapping[str, Any]) -> bool:
 
     Of 16 queries a share has an error of up to 12 points.
     """
-    routed, queries = figures["routed"], figures["queries"]
+    routed: float = figures["routed"]
+    queries: int = figures["queries"]
     return routed + math.sqrt(routed * (1 - routed) / queries) < ROUTES
 
 

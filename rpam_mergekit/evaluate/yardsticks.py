@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from rpam_mergekit.evaluate.compare import Key, Model, Table
@@ -31,7 +32,7 @@ class Yardsticks:
         self.table = table
         self.models = models
         flat = [key for of in table.keys.values() for key in of]
-        self._groups: np.ndarray | None = None
+        self._groups: npt.NDArray[np.intp] | None = None
         if labels:  # the number of every query's group
             self._groups = np.unique([labels[k] for k in flat], return_inverse=True)[1]
         self.dataset = "all" if len(table.keys) > 1 else next(iter(table.keys))
@@ -68,7 +69,7 @@ class Yardsticks:
         accuracy = start[1] + np.concatenate([[0], np.cumsum(gain[order])])
         return list(zip(tokens.tolist(), accuracy.tolist(), strict=True))
 
-    def _parts(self, draw: int) -> np.ndarray:
+    def _parts(self, draw: int) -> npt.NDArray[np.float64]:
         """Return (2, groups): what sending each group to Long costs and gains."""
         long, short = self.role["long"], self.role["short"]
         columns = []
@@ -83,7 +84,7 @@ class Yardsticks:
             return single
         return np.array([np.bincount(self._groups, weights=row) for row in single])
 
-    def levels(self) -> dict[str, np.ndarray]:
+    def levels(self) -> dict[str, npt.NDArray[np.float64]]:
         """Return per yardstick its accuracy at the merged model's tokens, per draw.
 
         The experts themselves count as yardsticks, at their own tokens. Empty without

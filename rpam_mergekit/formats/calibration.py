@@ -17,12 +17,15 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.formats.hub_path import local_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PATTERNS = ("long", "short")
 MOST_FINDINGS = 20
@@ -177,7 +180,7 @@ def _parse_line(line: str, patterns: Sequence[str] | None) -> CalibrationQuery:
     return query
 
 
-def _problem(error: Any, record: dict[str, Any]) -> str:
+def _problem(error: ErrorDetails, record: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         near = suggestion(field, set(record) - set(CalibrationQuery.model_fields))

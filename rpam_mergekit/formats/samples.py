@@ -17,12 +17,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.grading.answers import Gold
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = 1
 _MAGIC = "rpam_samples"
@@ -266,7 +269,7 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _locked(path: Path):
+def _locked(path: Path) -> BaseFileLock:
     import filelock
 
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +27,9 @@ from rpam_mergekit.grading.latex import (
 )
 from rpam_mergekit.grading.numbers import Tolerance, number, same_number
 from rpam_mergekit.grading.units import Unit, same_dimension, split_unit
+
+if TYPE_CHECKING:
+    from sympy import Expr
 
 # math-verify warns at every call that its own time limit is off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -228,7 +232,7 @@ def _verify(gold: str, answer: str) -> bool:
     return bool(verify(left, right, timeout_seconds=None))
 
 
-def _same_value(left, right) -> bool | None:
+def _same_value(left: Expr, right: Expr) -> bool | None:
     """Return whether two sympy numbers agree to 12 digits, None if they have none."""
     if left == right or left.is_infinite or right.is_infinite:
         return bool(left == right)

@@ -10,7 +10,10 @@ import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pint import UnitRegistry
 
 _CURRENCY = ("dollar = [currency] = USD = dollars", "cent_of_dollar = 0.01 * dollar")
 _ALIASES = {
@@ -45,6 +48,8 @@ class Unit:
 
     def in_terms_of(self, other: Unit) -> Fraction:
         """Return how many of `other` make one of this, to 15 digits."""
+        assert self.expression is not None
+        assert other.expression is not None
         registry = _registry()
         factor = (1 * registry.parse_units(self.expression)).to(other.expression)
         return Fraction(repr(float(factor.magnitude))).limit_denominator(10**12)
@@ -54,8 +59,8 @@ def same_dimension(a: Unit, b: Unit) -> bool:
     """Return whether amounts in `a` can be compared with amounts in `b`."""
     if a.expression is None or b.expression is None:
         return _singular(a.name) == _singular(b.name)
-    units = [_registry().parse_units(u.expression) for u in (a, b)]
-    return units[0].dimensionality == units[1].dimensionality
+    one, other = (_registry().parse_units(e) for e in (a.expression, b.expression))
+    return one.dimensionality == other.dimensionality
 
 
 _WRAPPED = r"\\text\s*\{[^{}]*\}"
@@ -106,10 +111,10 @@ def _singular(name: str) -> str:
 
 
 @functools.cache
-def _registry() -> Any:
+def _registry() -> UnitRegistry[float]:
     import pint
 
-    registry: Any = pint.UnitRegistry(cache_folder=None)
+    registry: UnitRegistry[float] = pint.UnitRegistry(cache_folder=None)
     for definition in _CURRENCY:
         registry.define(definition)
     return registry

@@ -15,11 +15,15 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rpam_mergekit.extras import needs
 from rpam_mergekit.grading.answers import Gold, is_correct, quick_verdict
 from rpam_mergekit.grading.brackets import read_turn
 from rpam_mergekit.grading.responses import Markers, final_answers
+
+if TYPE_CHECKING:
+    from pebble import ProcessFuture, ProcessPool
 
 TIME_LIMIT = 10.0  # seconds per grade
 MEMORY_LIMIT = 4 * 2**30  # bytes of address space per worker
@@ -58,7 +62,7 @@ class Grader:
         self._pool_type = pebble.ProcessPool
         self._pool = self._new_pool()
 
-    def _new_pool(self):
+    def _new_pool(self) -> ProcessPool:
         return self._pool_type(
             max_workers=self.workers,
             max_tasks=_GRADES_PER_WORKER,
@@ -73,7 +77,7 @@ class Grader:
         self._pool.stop()
         self._pool.join()
 
-    def schedule(self, gold: Gold, answers: Sequence[str]):
+    def schedule(self, gold: Gold, answers: Sequence[str]) -> ProcessFuture[bool]:
         """Return a future of the worker's True or False; it may time out or expire."""
         if not self._pool.active:  # an idle worker was killed, by the system maybe
             self._pool.stop()
@@ -116,9 +120,10 @@ class Grader:
         shown = repr(answers[-1][:80])
         try:
             try:
-                return Verdict(await asyncio.wrap_future(self.schedule(gold, answers)))
+                correct = await asyncio.wrap_future(self.schedule(gold, answers))
             except BrokenProcessPool:  # before this grade had begun
-                return Verdict(await asyncio.wrap_future(self.schedule(gold, answers)))
+                correct = await asyncio.wrap_future(self.schedule(gold, answers))
+            return Verdict(correct)
         except TimeoutError:
             return Verdict(
                 None, f"grading {shown} took over {self.time_limit:g} s and was stopped"

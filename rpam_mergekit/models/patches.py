@@ -54,12 +54,15 @@ def hub_cache(options: MergeOptions) -> Iterator[None]:
         if not asked and not Path(self.model.path).exists():
             asked = True
             constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or unreachable()
-        return read(self, *args, **kwargs)
+        found: PretrainedConfig = read(self, *args, **kwargs)
+        return found
 
     @functools.wraps(resolve)
     def local_path(self: ModelReference, *args: Any, **kwargs: Any) -> str:
+        folder: str
         if self.lora is not None or Path(self.model.path).exists():
-            return resolve(self, *args, **kwargs)
+            folder = resolve(self, *args, **kwargs)
+            return folder
         try:
             folder = resolve(self, *args, **kwargs)
         except Exception as error:  # of huggingface_hub, or of its HTTP client
@@ -174,7 +177,7 @@ def cut_output_config(layers: Sequence[int]) -> Iterator[None]:
 
     @functools.wraps(make)
     def cut(*args: Any, **kwargs: Any) -> PretrainedConfig:
-        config = make(*args, **kwargs)
+        config: PretrainedConfig = make(*args, **kwargs)
         text = config.get_text_config()
         types = getattr(text, "layer_types", None)
         if types and layers:

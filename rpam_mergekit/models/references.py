@@ -22,7 +22,7 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     are downloaded.
     """
     findings: list[str] = []
-    config = None
+    config: PretrainedConfig | None = None
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
@@ -37,7 +37,8 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     if reason:
         findings.append(f"{model}: its weights cannot be read: {reason}")
     findings += adapter_findings(model, None if reason else config, options)
-    if config and len(config.architectures or ()) != 1:
+    architectures = (config.architectures if config else None) or []
+    if config and len(architectures) != 1:
         findings.append(
             f"{model}: architectures in its config.json: found "
             f"{config.architectures}, expected one, such as ['Qwen2ForCausalLM']."
@@ -45,7 +46,7 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     elif config and model.lora is not None and arch_info_for_config(config) is None:
         findings.append(
             f"{model}: mergekit merges adapters only for architectures that it "
-            f"defines, not for {config.architectures[0]}. Merge the adapter "
+            f"defines, not for {architectures[0]}. Merge the adapter "
             "into a model folder first (peft's merge_and_unload), and name that folder."
         )
     refuse(findings)

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from rpam_mergekit.errors import RpamError, first_line
 
@@ -24,7 +28,9 @@ MOST_DIFFERING = 0.01
 NAMED = 3
 
 
-def load_tokenizer(model: ModelReference, options: MergeOptions) -> Any:
+def load_tokenizer(
+    model: ModelReference, options: MergeOptions
+) -> PreTrainedTokenizerBase:
     """Return a model's tokenizer. Raises `RpamError` if it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -57,7 +63,9 @@ class Differences:
     tokens: tuple[Mapping[int, str], Mapping[int, str]]
 
     @classmethod
-    def of(cls, first: Any, second: Any) -> Differences:
+    def of(
+        cls, first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase
+    ) -> Differences:
         """Compare two tokenizers; special ids are those that either has added."""
         one, two = (
             {i: token for token, i in tokenizer.get_vocab().items()}
@@ -93,7 +101,10 @@ class Differences:
 
 
 def compare_tokenizers(
-    base: ModelReference, mine: Any, other: ModelReference, its: Any
+    base: ModelReference,
+    mine: PreTrainedTokenizerBase,
+    other: ModelReference,
+    its: PreTrainedTokenizerBase,
 ) -> tuple[list[str], list[str]]:
     """Return findings and notes on two tokenizers."""
     found = Differences.of(mine, its)
@@ -129,7 +140,7 @@ def compare_tokenizers(
 
 def tokenizer_findings(
     config: MergeConfiguration,
-    tokenizers: Mapping[ModelReference, Any],
+    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
     configs: Mapping[ModelReference, PretrainedConfig],
 ) -> list[str]:
     """Return what keeps mergekit's `tokenizer` from meaning what a merge by id does.
@@ -161,7 +172,10 @@ def tokenizer_findings(
 
 
 def _not_aligned(
-    key: str, tokenizers: Mapping[ModelReference, Any], rows: int, leave_out: str
+    key: str,
+    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
+    rows: int,
+    leave_out: str,
 ) -> list[str]:
     (base, mine), *others = tokenizers.items()
     findings = []
@@ -188,7 +202,7 @@ def _not_aligned(
 def end_notes(
     models: Sequence[ModelReference],
     configs: Mapping[ModelReference, PretrainedConfig],
-    tokenizers: Mapping[ModelReference, Any],
+    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
     options: MergeOptions,
 ) -> list[str]:
     """Return notes on the tokens that end a response: of the models, base first."""

@@ -95,4 +95,5 @@ class ExpertWeights:
 
 def _dtype(weight: WeightInfo, out_dtype: str | None) -> torch.dtype | None:
     """Return what a merged weight is written in; None: as the models have it."""
-    return dtype_from_name(weight.force_dtype or out_dtype)
+    dtype: torch.dtype | None = dtype_from_name(weight.force_dtype or out_dtype)
+    return dtype

@@ -50,7 +50,7 @@ def out_dtype_of(config: Any, models: MergeModels, layout: Layout) -> str:
 
 
 def _floating(key: str, name: str | None) -> torch.dtype | None:
-    dtype = dtype_from_name(name)
+    dtype: torch.dtype | None = dtype_from_name(name)
     if dtype is not None and not dtype.is_floating_point:
         raise RpamError(f"{key}: found {name}; a stock recipe writes floating point.")
     return dtype

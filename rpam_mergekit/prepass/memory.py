@@ -93,7 +93,7 @@ def _roomiest(needed: int, device: torch.device) -> str:
 
 def free_host_memory() -> int:
     """Return the memory that this process may still take, in bytes."""
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     for limit, usage in CGROUPS:
         try:
             most, used = Path(limit).read_text(), Path(usage).read_text()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -199,7 +200,7 @@ class PrePass:
         self.generator.set_state(state)
 
     def _solve_layer(
-        self, index: int, optimised: bool, progress: tqdm
+        self, index: int, optimised: bool, progress: tqdm[NoReturn]
     ) -> tuple[Entries, LayerReport]:
         relative, experts = self.experts.layer(index)
         self.run_experts(index, experts)
@@ -273,7 +274,8 @@ class PrePass:
 
     @property
     def _file_dtype(self) -> torch.dtype:
-        return getattr(torch, self.settings.coefficient_dtype)
+        dtype: torch.dtype = getattr(torch, self.settings.coefficient_dtype)
+        return dtype
 
     @torch.no_grad()
     def run_experts(self, index: int, experts: Sequence[Weights]) -> None:
@@ -345,7 +347,7 @@ class PrePass:
         index: int,
         weights: Merging,
         coefficients: Sequence[LayerCoefficients],
-        progress: tqdm,
+        progress: tqdm[NoReturn],
     ) -> None:
         LayerProblem(
             self.decoder,

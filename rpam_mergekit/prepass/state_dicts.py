@@ -177,10 +177,9 @@ def _check_same(models: Sequence[Mapping[str, torch.Tensor]]) -> None:
 
 def _head_of(model: torch.nn.Module) -> set[str]:
     """Return the names of the weights of a model's head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if module is head and head is not None
-        for name, _ in module.named_parameters()
-    }
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, torch.nn.Module):
+        return set()
+    (path,) = (path for path, module in model.named_modules() if module is head)
+    return {f"{path}.{name}" for name, _ in head.named_parameters()}

@@ -132,7 +132,8 @@ class OnShelf:
         self.name = f"_{name}"
 
     def __get__(self, holder: Any, owner: type | None = None) -> torch.Tensor:
-        return getattr(holder, self.name).get()
+        kept: Kept = getattr(holder, self.name)
+        return kept.get()
 
     def __set__(self, holder: Any, tensor: torch.Tensor) -> None:
         kept = getattr(holder, self.name, None)

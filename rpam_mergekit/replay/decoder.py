@@ -190,8 +190,10 @@ class Decoder:
             enabled=self.compute_dtype != torch.float32,
         ):
             output = functional_call(layer, given, (hidden, *args), kwargs, strict=True)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        return output.to(hidden.dtype)
+        states: torch.Tensor = (
+            output[0] if isinstance(output, (tuple, list)) else output
+        )
+        return states.to(hidden.dtype)
 
     def logits(
         self, outside: Mapping[str, torch.Tensor], hidden: torch.Tensor
@@ -217,7 +219,8 @@ class Decoder:
             output = functional_call(
                 self.model, weights, (), arguments, tie_weights=False
             )
-        return output.logits[0].float()
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
 
     def _outside_by_module(
         self, outside: Mapping[str, torch.Tensor], tracked: bool = True

@@ -81,7 +81,7 @@ class Stream:
 
     def _of(self, expert: torch.Tensor) -> torch.Tensor:
         """Return for each query the hidden states of the expert of that number."""
-        states = self.experts[0]
+        states: torch.Tensor = self.experts[0]
         for number in range(1, len(self.experts)):
             chosen = (expert == number)[:, None, None]
             states = torch.where(chosen, self.experts[number], states)

@@ -25,6 +25,7 @@ CHOICE = (
 )
 Row = Mapping[str, Any]
 Read = tuple[str, Gold, dict[str, Any]]
+Reader = Callable[[Row, int], Read]
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,24 @@ class Preset:
     configs: tuple[str | None, ...]
     split: str
     evaluation: str
-    read: Callable[[Row, int], Read]
+    read: Reader
     instruction: str = MATH
 
 
 PRESETS: dict[str, Preset] = {}
 
 
-def _preset(name: str, path: str, *configs: str, split: str, evaluation: str, **other):
-    def register(read: Callable[[Row, int], Read]) -> Callable[[Row, int], Read]:
+def _preset(
+    name: str,
+    path: str,
+    *configs: str,
+    split: str,
+    evaluation: str,
+    instruction: str = MATH,
+) -> Callable[[Reader], Reader]:
+    def register(read: Reader) -> Reader:
         PRESETS[name] = Preset(
-            name, path, configs or (None,), split, evaluation, read, **other
+            name, path, configs or (None,), split, evaluation, read, instruction
         )
         return read
 

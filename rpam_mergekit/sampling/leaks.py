@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.sampling.benchmarks import PRESETS
@@ -108,10 +109,11 @@ def read_guard(sources: Iterable[str]) -> LeakGuard:
     return guard
 
 
-def _question(row: dict) -> str | None:
+def _question(row: Mapping[str, Any]) -> str | None:
     for name in QUESTION_COLUMNS:
-        if isinstance(row.get(name), str) and row[name].strip():
-            return row[name]
+        text = row.get(name)
+        if isinstance(text, str) and text.strip():
+            return text
     messages = row.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         content = messages[-1].get("content")

@@ -29,6 +29,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -97,7 +98,9 @@ class _Stop(StoppingCriteria):
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping
 
-    def __call__(self, input_ids, scores, **_: Any) -> torch.BoolTensor:
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any
+    ) -> torch.BoolTensor:
         stop = self._stopping.is_set()
         return torch.full((len(input_ids),), stop, device=input_ids.device)  # type: ignore[return-value]
 
@@ -115,7 +118,7 @@ class TransformersBackend:
         options: ModelOptions,
         markers: Markers,
         opening: str | None = "",
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.settings = settings
         self.options = options
@@ -241,8 +244,9 @@ class TransformersBackend:
         return sorted({end for end in ends if end is not None})
 
     def _pad_token(self) -> int:
-        if self.tokenizer.pad_token_id is not None:
-            return self.tokenizer.pad_token_id
+        pad: int | None = self.tokenizer.pad_token_id
+        if pad is not None:
+            return pad
         return self._ends[0] if self._ends else 0
 
     def _check_lengths(
@@ -301,7 +305,7 @@ def reference_of(model: str, revision: str | None = None) -> ModelReference:
     return ModelReference(model=path, lora=found.lora)
 
 
-def read_tokenizer(model: str, options: ModelOptions) -> Any:
+def read_tokenizer(model: str, options: ModelOptions) -> PreTrainedTokenizerBase:
     """Return a model's tokenizer, when its config is there too."""
     where = _where(reference_of(model, options.revision).model, options)
     try:

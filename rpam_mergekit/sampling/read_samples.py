@@ -16,7 +16,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -47,6 +47,9 @@ from rpam_mergekit.sampling.questions import (
 from rpam_mergekit.sampling.rows import UnusableRow, read_lines
 from rpam_mergekit.sampling.run import Generated, graded
 from rpam_mergekit.sampling.turns import markers_of, thinking_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Intake:
@@ -90,8 +93,9 @@ class Intake:
         What --opened-by-prompt says is meant for files that do not know it. One of
         which no response closes thinking that it has not opened is not meant.
         """
-        if known.get("opening") is not None:
-            return known["opening"]
+        opening: str | None = known.get("opening")
+        if opening is not None:
+            return opening
         said = known.get("opened_by_prompt")  # of a file without openings
         if said is None:
             said = self.options["opened_by_prompt"]
@@ -164,7 +168,10 @@ class Intake:
         return await graded(question, generated, grader, self.markers, self.opening)
 
     async def _graded(
-        self, row: ForeignQuery, grader: Grader, tokenizer: Any
+        self,
+        row: ForeignQuery,
+        grader: Grader,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> SampledQuery:
         tokens = row.tokens
         if tokenizer is not None:
@@ -209,7 +216,7 @@ def grader_of(options: dict[str, Any]) -> Grader:
     return Grader(options["graders"], options["grading_time_limit"])
 
 
-def tokenizer_of(name: str | None) -> Any:
+def tokenizer_of(name: str | None) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
     from transformers import AutoTokenizer

@@ -21,7 +21,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.extras import needs
@@ -30,6 +30,9 @@ from rpam_mergekit.grading.responses import Markers, without_end
 from rpam_mergekit.sampling.questions import Question
 from rpam_mergekit.sampling.run import Generated, SamplingSettings, Tasks
 from rpam_mergekit.sampling.turns import Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PASSING = (408, 409, 425, 429)
 _REFUSED = (400, 413, 422)
@@ -43,6 +46,8 @@ _NO_COUNT_NOTE = (
     "the server sends no token counts: give --tokenizer to count them, or tokens stay "
     "unknown."
 )
+
+_Finished = tuple[Question, list[Generated]]
 
 
 @dataclass
@@ -59,7 +64,7 @@ class ServerOptions:
     timeout: float = 1800.0
     retries: int = 12
     requests_per_minute: float | None = None
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     api_key: str = field(
         default_factory=lambda: os.environ.get("OPENAI_API_KEY") or "none"
     )
@@ -137,8 +142,8 @@ class ServerBackend:
 
     async def sample(
         self, questions: Sequence[Question], done: set[int]
-    ) -> AsyncGenerator[tuple[Question, list[Generated]], None]:
-        finished: asyncio.Queue[tuple[Question, list[Generated]]] = asyncio.Queue()
+    ) -> AsyncGenerator[_Finished, None]:
+        finished: asyncio.Queue[_Finished] = asyncio.Queue()
         pending = iter([q for q in questions if q.index not in done])
         open_queries = 0
         exhausted = False
@@ -173,7 +178,9 @@ class ServerBackend:
         if self._refused:
             raise RpamError(*self._refusals())
 
-    async def _next(self, finished: asyncio.Queue, tasks: Tasks):
+    async def _next(
+        self, finished: asyncio.Queue[_Finished], tasks: Tasks
+    ) -> _Finished:
         """Return the next finished query, or raise what made a task fail."""
         while True:
             tasks.check()
@@ -318,4 +325,4 @@ def _delay(error: Exception, attempt: int) -> float:
         if named:
             when = email.utils.parsedate_to_datetime(named)
             return max(0.0, when.timestamp() - time.time())
-    return min(_LONGEST_DELAY, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+    return min(_LONGEST_DELAY, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.brackets import KNOWN, markers_in, opening_of, usual_opening
 from rpam_mergekit.grading.responses import Markers
 from rpam_mergekit.sampling.questions import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NO_SYSTEM = (
     "Leave --system out, or put its text after the questions with --instruction."
@@ -51,7 +54,10 @@ def thinking_header(markers: Markers, opening: str | None) -> dict[str, Any]:
 
 
 def check_questions(
-    model: str, questions: Sequence[Question], tokenizer: Any, system: str | None
+    model: str,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
 ) -> None:
     """Raise `RpamError` if the chat template does not take a query as it is."""
     # Not at the top: it needs torch, which the commands on files do not.
@@ -79,7 +85,10 @@ def check_questions(
 
 
 def turns_here(
-    model: str, tokenizer: Any, messages: Sequence[Mapping[str, str]], o: dict[str, Any]
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    o: dict[str, Any],
 ) -> Turns:
     """Return the turns of a model in this process, of which `tokenizer` tells all."""
     found = _told(tokenizer, messages, o, {})
@@ -96,7 +105,7 @@ def turns_here(
 
 def turns_served(
     names: Sequence[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     messages: Sequence[Mapping[str, str]],
     o: dict[str, Any],
     extra_body: Mapping[str, Any],
@@ -166,7 +175,7 @@ def markers_of(
 
 
 def _told(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
     o: Mapping[str, Any],
     extra_body: Mapping[str, Any],
@@ -186,7 +195,7 @@ def _told(
     return Turns(markers, opening_of(prompt, markers), ends)
 
 
-def _recognised(tokenizer: Any, prompt: str) -> dict[str, str]:
+def _recognised(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, str]:
     """Return the brackets in which a template writes thinking, as a header has them."""
     found = next((m for m in KNOWN if opening_of(prompt, m)), None)
     template = getattr(tokenizer, "chat_template", None)
@@ -194,7 +203,9 @@ def _recognised(tokenizer: Any, prompt: str) -> dict[str, str]:
     return {"open": found.open, "close": found.close} if found else {}
 
 
-def _looked_up(names: Sequence[str], reasons: list[str]) -> Any:
+def _looked_up(
+    names: Sequence[str], reasons: list[str]
+) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of the first name that has one, else None with reasons."""
     from transformers import AutoTokenizer
 
