@@ -5,25 +5,18 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import NAME, check_merge
-from rpam_mergekit.checks.reuse import fingerprint_of, reusable
+from rpam_mergekit.cli.mergekit_options import MergekitCommand, mergekit_options
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.merging.planned import Planned, plan
-from rpam_mergekit.models.references import reachable
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.outputs.stock_recipe import (
-    RECIPE,
-    recipe_text,
-    refuse_unsayable,
-    write_recipe,
-)
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from rpam_mergekit.checks.config_file import Document
+    from rpam_mergekit.merging.planned import Planned
 
 # mergekit's options that a merge by the recipe needs as the export did.
 PASSED_ON = (
@@ -34,16 +27,20 @@ PASSED_ON = (
 )
 
 
-@click.command("export", cls=PrettyPrintHelp)
+@click.command(
+    "export",
+    cls=MergekitCommand,
+    short_help="Write a merge as a recipe that needs no plugin.",
+)
 @click.argument("config_file", type=click.Path())
 @click.argument("coefficients")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"The recipe to write. [default: {RECIPE} beside the coefficients file; "
+    help="The recipe to write. [default: rpam_recipe.yml beside the coefficients file; "
     "here, if that is of the Hub]",
 )
-@add_merge_options
+@mergekit_options
 def export_command(
     merge_options: MergeOptions,
     config_file: str,
@@ -60,6 +57,10 @@ def export_command(
       mergekit-rpam export rpam.yml out/rpam/coefficients.safetensors
       mergekit-yaml out/rpam/rpam_recipe.yml merged/
     """
+    from rpam_mergekit.checks.config_file import read_config
+    from rpam_mergekit.checks.examine import NAME
+    from rpam_mergekit.outputs.folder import IN_OUTPUT
+
     merge_options.apply_global_options()
     document = read_config(config_file)
     config = document.config
@@ -74,17 +75,35 @@ def export_command(
     parameters = {**(config.parameters or {}), "coefficients": coefficients}
     parameters.pop("calibration", None)  # not needed, and perhaps not here
     config.parameters = parameters
-    with reachable(merge_options):
-        examined = check_merge(config, merge_options, document.text)
+    _export(document, merge_options, coefficients, out)
+
+
+def _export(
+    document: Document, options: MergeOptions, coefficients: str, out: Path | None
+) -> None:
+    from rpam_mergekit.checks.examine import check_merge
+    from rpam_mergekit.formats.hub_path import local_path
+    from rpam_mergekit.merging.planned import plan
+    from rpam_mergekit.models.references import reachable
+    from rpam_mergekit.outputs.stock_recipe import (
+        RECIPE,
+        refuse_unsayable,
+        write_recipe,
+    )
+
+    config = document.config
+    assert config is not None
+    with reachable(options):
+        examined = check_merge(config, options, document.text)
         assert examined.request is not None
         refuse_unsayable(config, examined.request.models)
         config = examined.request.template.named_in(config)
         path = local_path(coefficients, "COEFFICIENTS")
         if out is None:
             out = Path(RECIPE) if _in_cache(path) else path.with_name(RECIPE)
-        planned = plan(config, merge_options, examined)
+        planned = plan(config, options, examined)
         write_recipe(out, _recipe(planned, path))
-    command = ["mergekit-yaml", str(out), "OUT", *_passed_on(merge_options)]
+    command = ["mergekit-yaml", str(out), "OUT", *_passed_on(options)]
     planned.say(f"rpam: the recipe merges without this package: {shlex.join(command)}")
     click.echo(str(out))
 
@@ -103,6 +122,10 @@ def _recipe(planned: Planned, path: Path) -> str:
 
     Raises `RpamError` where there is none, or the file is of another merge.
     """
+    from rpam_mergekit.checks.reuse import fingerprint_of, reusable
+    from rpam_mergekit.formats.coefficients import CoefficientsFile
+    from rpam_mergekit.outputs.stock_recipe import recipe_text
+
     request, config, layout = planned.request, planned.config, planned.layout
     file = CoefficientsFile(path, request.settings.reasoning)
     asked = dataclasses.replace(request, calibration=None)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import NAME, check_merge
+from rpam_mergekit.cli.mergekit_options import MergekitCommand, mergekit_options
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.merging.fit import coefficients_of
-from rpam_mergekit.merging.planned import plan
-from rpam_mergekit.models.references import reachable
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.processes import joined, local_device
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 
-@click.command("fit", cls=PrettyPrintHelp)
+@click.command(
+    "fit",
+    cls=MergekitCommand,
+    short_help="Run the pre-pass only, by one process or many.",
+)
 @click.argument("config_file", type=click.Path())
 @click.option(
     "--out",
@@ -25,7 +26,7 @@ from rpam_mergekit.processes import joined, local_device
     help="The coefficients file to write. [default: the config's "
     "parameters.coefficients]",
 )
-@add_merge_options
+@mergekit_options
 def fit_command(
     merge_options: MergeOptions, config_file: str, out: Path | None
 ) -> None:
@@ -41,6 +42,14 @@ def fit_command(
       torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml \\
         --out coefficients.safetensors --device cuda
     """
+    from rpam_mergekit.checks.config_file import read_config
+    from rpam_mergekit.checks.examine import NAME, check_merge
+    from rpam_mergekit.merging.fit import coefficients_of
+    from rpam_mergekit.merging.planned import plan
+    from rpam_mergekit.models.references import reachable
+    from rpam_mergekit.outputs.folder import IN_OUTPUT
+    from rpam_mergekit.processes import joined, local_device
+
     merge_options.apply_global_options()
     document = read_config(config_file)
     config = document.config
