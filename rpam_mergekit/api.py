@@ -25,6 +25,13 @@ from rpam_mergekit.merging.fit import fit_document
 from rpam_mergekit.merging.hooks import activate
 from rpam_mergekit.models.patches import hub_cache
 
+WHY = {
+    "fit": f"'fit' runs the pre-pass of '{NAME}'; other methods have none.",
+    "merge": f"This merges by '{NAME}'; mergekit-yaml runs the other methods.",
+    "export": f"'export' writes merges by '{NAME}' as recipes; others are recipes "
+    "already.",
+}
+
 Config: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
@@ -55,7 +62,9 @@ def fit(config: Config, out: str | Path | None = None, **options: Any) -> Path:
     Raises `RpamError` for whatever keeps the config from being merged.
     """
     activate()
-    return fit_document(_document(config, "fit"), _options(options), out)
+    document, merge_options = _document(config, "fit"), _options(options)
+    merge_options.apply_global_options()
+    return fit_document(document, merge_options, out)
 
 
 def merge(config: Config, out: str | Path, **options: Any) -> Path:
@@ -88,8 +97,9 @@ def export(
     where no stock recipe gives the same bytes.
     """
     activate()
-    document = _document(config, "export")
-    return export_recipe(document, str(coefficients), out, _options(options))
+    document, merge_options = _document(config, "export"), _options(options)
+    merge_options.apply_global_options()
+    return export_recipe(document, str(coefficients), out, merge_options)
 
 
 def _document(config: Config, verb: str) -> Document:
@@ -103,8 +113,7 @@ def _document(config: Config, verb: str) -> Document:
     assert document.config is not None
     if document.config.merge_method != NAME:
         raise RpamError(
-            f"merge_method: found '{document.config.merge_method}'. '{verb}' is for "
-            f"'{NAME}'."
+            f"merge_method: found '{document.config.merge_method}'. {WHY[verb]}"
         )
     return document
 

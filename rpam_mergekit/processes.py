@@ -94,6 +94,11 @@ def joined(device: torch.device | str) -> Iterator[Processes]:
         distributed.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Tell whether this is the first of the processes that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def local_device(device: str) -> str:
     """Return this process's own of several GPUs, by the launcher's LOCAL_RANK."""
     rank = os.environ.get("LOCAL_RANK")

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import Document, read_documents
-from rpam_mergekit.checks.examine import Examination
-from rpam_mergekit.checks.examine_document import examine_document
-from rpam_mergekit.checks.request import NAME
-from rpam_mergekit.cli.summary import estimate_lines, summary_lines
+from rpam_mergekit.cli.mergekit_options import MergekitCommand, mergekit_options
 from rpam_mergekit.errors import RpamError, refuse
-from rpam_mergekit.models.patches import hub_cache
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from rpam_mergekit.checks.config_file import Document
+    from rpam_mergekit.checks.examine import Examination
 
 
-@click.command("check", cls=PrettyPrintHelp)
+@click.command(
+    "check",
+    cls=MergekitCommand,
+    short_help="Say all that is wrong with a config; download nothing.",
+)
 @click.argument("config_file", type=click.Path())
 @click.option("--no-estimate", is_flag=True, help="Measure no time, memory or disk.")
-@add_merge_options
+@mergekit_options
 def check_command(
     merge_options: MergeOptions, config_file: str, no_estimate: bool
 ) -> None:
@@ -36,6 +41,8 @@ def check_command(
       mergekit-rpam check rpam.yml
       mergekit-rpam check rpam.yml --device cuda
     """
+    from rpam_mergekit.models.patches import hub_cache
+
     merge_options.apply_global_options()
     with hub_cache(merge_options):
         examinations = _examine_all(config_file, merge_options)
@@ -52,6 +59,10 @@ def check_command(
 
 
 def _examine_all(config_file: str, options: MergeOptions) -> list[Examination]:
+    from rpam_mergekit.checks.config_file import read_documents
+    from rpam_mergekit.checks.examine_document import examine_document
+    from rpam_mergekit.checks.request import NAME
+
     documents = read_documents(config_file)
     names = [document.name for document in documents]
     several = len(documents) > 1
@@ -94,6 +105,8 @@ def _named(examination: Examination, lines: Sequence[str]) -> Iterator[str]:
 
 def _tell(examination: Examination, options: MergeOptions, estimates: bool) -> None:
     """Print the notes on a config, and what it asks for if nothing is wrong."""
+    from rpam_mergekit.cli.summary import estimate_lines, summary_lines
+
     measured: list[str] = []
     if estimates and not examination.findings:
         try:

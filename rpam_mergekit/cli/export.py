@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.request import NAME
-from rpam_mergekit.checks.reuse import fingerprint_of, reusable
-from rpam_mergekit.errors import RpamError
-from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.merging.merge import Merge
-from rpam_mergekit.models.patches import hub_cache
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.outputs.stock_recipe import (
-    RECIPE,
-    recipe_text,
-    refuse_unsayable,
-    write_recipe,
-)
+from rpam_mergekit.cli.mergekit_options import MergekitCommand, mergekit_options
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 # mergekit's options that a merge by the recipe needs as the export did.
 PASSED_ON = (
@@ -35,16 +22,20 @@ PASSED_ON = (
 )
 
 
-@click.command("export", cls=PrettyPrintHelp)
+@click.command(
+    "export",
+    cls=MergekitCommand,
+    short_help="Write a merge as a recipe that needs no plugin.",
+)
 @click.argument("config_file", type=click.Path())
 @click.argument("coefficients")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"The recipe to write. [default: {RECIPE} beside the coefficients file; "
+    help="The recipe to write. [default: rpam_recipe.yml beside the coefficients file; "
     "here, if that is of the Hub]",
 )
-@add_merge_options
+@mergekit_options
 def export_command(
     merge_options: MergeOptions,
     config_file: str,
@@ -61,55 +52,16 @@ def export_command(
       mergekit-rpam export rpam.yml out/rpam/coefficients.safetensors
       mergekit-yaml out/rpam/rpam_recipe.yml merged/
     """
-    merge_options.apply_global_options()
-    document = read_config(config_file)
-    config = document.config
-    assert config is not None
-    if config.merge_method != NAME:
-        raise RpamError(
-            f"merge_method: found '{config.merge_method}'. 'export' writes merges by "
-            f"'{NAME}' as recipes; others are recipes already."
+    from rpam_mergekit.api import export
+
+    path = export(config_file, coefficients, out, **merge_options.model_dump())
+    if not merge_options.quiet:
+        command = ["mergekit-yaml", str(path), "OUT", *_passed_on(merge_options)]
+        click.echo(
+            f"rpam: the recipe merges without this package: {shlex.join(command)}",
+            err=True,
         )
-    if Path(coefficients).is_dir():
-        coefficients = str(Path(coefficients) / IN_OUTPUT)
-    parameters = {**(config.parameters or {}), "coefficients": coefficients}
-    parameters.pop("calibration", None)  # not needed, and perhaps not here
-    config.parameters = parameters
-    with hub_cache(merge_options):
-        examination = examine_merge(config, merge_options, document.text)
-        assert examination.request is not None
-        refuse_unsayable(config, examination.request.models)
-        config = examination.request.template.named_in(config)
-        path = local_path(coefficients, "COEFFICIENTS")
-        if out is None:
-            out = Path(RECIPE) if _in_cache(path) else path.with_name(RECIPE)
-        merge = Merge(config, merge_options, examination)
-        merge.load()
-        write_recipe(out, _recipe(merge, path))
-    command = ["mergekit-yaml", str(out), "OUT", *_passed_on(merge_options)]
-    merge.say(f"rpam: the recipe merges without this package: {shlex.join(command)}")
-    click.echo(str(out))
-
-
-def _in_cache(path: Path) -> bool:
-    """Tell whether a file lies in a cache of huggingface_hub: nothing is written there.
-
-    `mergekit-rpam` gives `export` files of the Hub by their places in the cache.
-    """
-    of_cache = (p for p in path.absolute().parents if p.name == "snapshots")
-    return any(p.parent.name.startswith(("models--", "datasets--")) for p in of_cache)
-
-
-def _recipe(merge: Merge, path: Path) -> str:
-    """Return the recipe that gives the same bytes as a merge by the file `path`.
-
-    Raises `RpamError` where there is none, or the file is of another merge.
-    """
-    request, config, layout = merge.request, merge.config, merge.layout
-    file = CoefficientsFile(path, request.settings.reasoning)
-    asked = dataclasses.replace(request, calibration=None)
-    reusable(path, fingerprint_of(asked, merge.fixed, config, []), asked, layout)
-    return recipe_text(config, request, layout, file)
+    click.echo(str(path))
 
 
 def _passed_on(options: MergeOptions) -> list[str]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from rpam_mergekit.checks.config_file import read_config
-from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.request import NAME
-from rpam_mergekit.errors import RpamError
-from rpam_mergekit.merging.fit import fit
-from rpam_mergekit.merging.merge import Merge
-from rpam_mergekit.models.patches import hub_cache
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.processes import joined, local_device
+from rpam_mergekit.cli.mergekit_options import MergekitCommand, mergekit_options
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 
-@click.command("fit", cls=PrettyPrintHelp)
+@click.command(
+    "fit",
+    cls=MergekitCommand,
+    short_help="Run the pre-pass only, by one process or many.",
+)
 @click.argument("config_file", type=click.Path())
 @click.option(
     "--out",
@@ -26,7 +25,7 @@ from rpam_mergekit.processes import joined, local_device
     help="The coefficients file to write. [default: the config's "
     "parameters.coefficients]",
 )
-@add_merge_options
+@mergekit_options
 def fit_command(
     merge_options: MergeOptions, config_file: str, out: Path | None
 ) -> None:
@@ -42,28 +41,9 @@ def fit_command(
       torchrun --nproc-per-node 4 -m rpam_mergekit.cli fit rpam.yml \\
         --out coefficients.safetensors --device cuda
     """
-    merge_options.apply_global_options()
-    document = read_config(config_file)
-    config = document.config
-    assert config is not None
-    if config.merge_method != NAME:
-        raise RpamError(
-            f"merge_method: found '{config.merge_method}'. 'fit' runs the pre-pass of "
-            f"'{NAME}'; other methods have none."
-        )
-    if out is not None:
-        config.parameters = {**(config.parameters or {}), "coefficients": str(out)}
-    with hub_cache(merge_options):
-        examination = examine_merge(config, merge_options, document.text)
-        assert examination.request is not None
-        if examination.request.settings.coefficients is None:
-            raise RpamError(
-                "the coefficients file has no name: give --out, or name it in "
-                "parameters.coefficients."
-            )
-        with joined(local_device(merge_options.device or "cpu")) as processes:
-            merge = Merge(config, merge_options, examination, processes)
-            merge.load()
-            path = fit(merge, IN_OUTPUT)
-    if processes.rank == 0:
+    from rpam_mergekit.api import fit
+    from rpam_mergekit.processes import is_first
+
+    path = fit(config_file, out, **merge_options.model_dump())
+    if is_first():
         click.echo(str(path))

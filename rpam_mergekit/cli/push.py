@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from rpam_mergekit.outputs.repository import Target
 
 
-@click.command("push")
+@click.command("push", short_help="Publish a merge on the Hub.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
 @click.option("--upload", is_flag=True, help="Do it. Without, only say what would be.")
@@ -64,9 +62,13 @@ def push_command(repository: str, upload: bool, **options: Any) -> None:
 
 
 def _push(repository: str, upload: bool, o: dict[str, Any]) -> None:
+    import tempfile  # not at the top: help comes at once
+
+    from rpam_mergekit.merging.hooks import activate
     from rpam_mergekit.outputs import publish as push
     from rpam_mergekit.outputs import repository as push_hub
 
+    activate()
     request = push.Request(
         out=o["out"],
         repository=_checked(repository),
@@ -117,6 +119,8 @@ def _named(given: tuple[str, ...]) -> dict[str, str]:
 
 def _shown(request: Request, plan: Plan, target: Target) -> list[str]:
     """Return what is published, and where, as lines."""
+    import difflib
+
     from huggingface_hub import constants
 
     from rpam_mergekit.prepass.memory import readable
@@ -138,7 +142,3 @@ def _shown(request: Request, plan: Plan, target: Target) -> list[str]:
     lines += ["README.md changes:" if changes else "README.md stays as it is"]
     lines += [f"  {line}" for line in changes]
     return [*lines, *(f"note: {note}" for note in [*target.notes, *plan.notes])]
-
-
-if __name__ == "__main__":
-    push_command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import glob
 import json
 from pathlib import Path
@@ -18,6 +17,8 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 
 def interruptible(resumable: Path | None, function, *arguments, **options) -> None:
     """Run what a command does; an interruption says how to go on, without a trace."""
+    import asyncio  # not at the top: help needs it not
+
     try:
         result = function(*arguments, **options)
         if asyncio.iscoroutine(result):
@@ -281,7 +282,10 @@ class _SeveralExcludes(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-@click.command(cls=_SeveralExcludes)
+@click.command(
+    cls=_SeveralExcludes,
+    short_help="Label queries with the pattern that suits them, from two sample files.",
+)
 @click.argument("long", type=PATH)
 @click.argument("short", type=PATH)
 @click.option(

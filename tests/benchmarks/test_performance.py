@@ -98,3 +98,14 @@ def test_the_profile_names_phases_and_operations():
     assert phases[0]["phase"] == "solving"
     assert shares[0] == max(shares[:-1])
     assert any("mm" in row["operation"] for row in operations)
+
+
+def test_cli_start_measures_every_command():
+    from rpam_mergekit.cli.main import main
+
+    process = benchmark("cli_start", "--quick")
+    (rows,) = tables(process)
+    assert len(rows) == 2 + len(main.commands)
+    assert number(rows[0]["times the import of click"]) == 1
+    assert all(number(row["times the import of click"]) > 0 for row in rows)
+    assert re.search(r"largest median ratio [\d.]+, target 4", process.stdout)

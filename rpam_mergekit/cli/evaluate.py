@@ -1,0 +1,114 @@
+"""The commands `sweep`, `compare` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rpam_mergekit.cli.sampling import grader_options, interruptible, marker_options
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--weights",
+    default="0:1:0.05",
+    show_default=True,
+    help="FIRST:LAST:STEP, or a list: shares of the model that is not the base.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the sample files.",
+)
+@click.option("--keep", is_flag=True, help="Keep every merged model.")
+@click.argument("sampling", nargs=-1, type=click.UNPROCESSED)
+def sweep(
+    config: Path, weights: str, out: Path, keep: bool, sampling: tuple[str, ...]
+) -> None:
+    """Sample the plain interpolations of the two models of CONFIG.
+
+    CONFIG is a config of rpam. Options that are not the sweep's own go to 'sample',
+    which runs each model in a process of its own. What is finished is not done again.
+
+    \b
+      mergekit-rpam sweep rpam.yml --weights 0.1:0.9:0.1 --out sweep/ \\
+        --dataset gsm8k --split test -k 4 --max-tokens 4096
+      mergekit-rpam compare long.samples.jsonl short.samples.jsonl \\
+        merged.samples.jsonl sweep/*.samples.jsonl --out report/
+    """
+    from rpam_mergekit.cli.commands import sampled_as
+    from rpam_mergekit.evaluate.sweep import parse_weights, run_sweep
+
+    named = parse_weights(weights)
+    interruptible(out, run_sweep, config, named, out, keep, list(sampling), sampled_as)
+
+
+@click.command(
+    "compare",
+    short_help="Compare models by their sample files: LONG SHORT MERGED [SWEEP...].",
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write compare.txt, .csv, .md and .png to.",
+)
+@click.option(
+    "--by",
+    help="Field of the data set's rows that says how hard a query is (such as level): "
+    "groups the queries, and is all that the router knows. [default: groups by Long's "
+    "tokens; the router knows every query]",
+)
+@click.option("--partial", is_flag=True, help="Accept sample files of unfinished runs.")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=100),
+    default=2000,
+    show_default=True,
+    help="Draws of the bootstrap.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--tokenizer", help="Counts tokens where a file has none: model or folder."
+)
+@marker_options
+@grader_options
+def compare_command(files: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Compare models by their sample files: LONG SHORT MERGED [SWEEP...].
+
+    Accuracy, tokens, thinking and its closing, with intervals; the merged model
+    against the plain interpolations of the experts (SWEEP, in the order of their
+    weights), random mixing of those, and a perfect router of the experts. One file
+    alone is summed up, two are Long and Short. For several data sets give folders
+    instead of files, with a sample file per data set in each.
+    """
+    from rpam_mergekit.cli.commands import run_compare
+
+    interruptible(None, run_compare, files, out, **options)
+
+
+@click.command(
+    short_help="Show what a merge did: COEFFICIENTS is its coefficients file or output "
+    "folder.",
+)
+@click.argument("coefficients", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write report.txt, report.png and report.html to.",
+)
+def report(coefficients: Path, out: Path) -> None:
+    """Show what a merge did: COEFFICIENTS is its coefficients file or output folder.
+
+    Per layer the gap to the right expert before and after, the coefficients by module,
+    and which layers moved. report.html opens from disk and needs no other file.
+    """
+    from rpam_mergekit.cli.commands import run_report
+
+    interruptible(None, run_report, coefficients, out)
