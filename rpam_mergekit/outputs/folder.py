@@ -23,8 +23,12 @@ COEFFICIENTS = IN_OUTPUT.as_posix()
 CARD, RECIPE, CONFIG = "README.md", "rpam.yml", "mergekit_config.yml"
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Return the record of the merge in `out`. Raises `RpamError` if there is none."""
+def read_record(out: str | Path) -> dict[str, Any]:
+    """Return what `rpam.json` says of the merge in the folder `out`.
+
+    Raises `RpamError` if there is no whole record.
+    """
+    out = Path(out)
     if not out.is_dir():
         raise RpamError(f"OUT: no folder {out}. Name the output folder of a merge.")
     try:
