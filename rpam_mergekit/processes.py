@@ -64,7 +64,7 @@ class Processes:
             distributed.all_gather_object(found, list(values))
         return [value for part in found for value in part]
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return what the first process passed as `value`."""
         if self.count == 1:
             return value

@@ -18,7 +18,7 @@ from rpam_mergekit.grading.responses import Markers
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
 # Parameters that do not change what is solved, or are spelt out by others.
-NOT_OF_THE_PROBLEM = {
+NOT_IN_CACHE_KEY = {
     "calibration",
     "coefficients",
     "preset",
@@ -256,9 +256,9 @@ class RpamSettings(BaseModel):
         0, ge=0, description="Seed of the draw of queries, the batches and the fields."
     )
 
-    def problem(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Return the settings on which the coefficients depend."""
-        return self.model_dump(exclude=NOT_OF_THE_PROBLEM)
+        return self.model_dump(exclude=NOT_IN_CACHE_KEY)
 
     def steps_of(self, batches: int) -> int:
         """Return how many steps a layer is optimised for, on so many batches."""

@@ -69,7 +69,11 @@ def test_brackets_of_which_one_is_missing_are_refused():
 
 
 def test_what_opens_the_thinking_belongs_to_what_is_solved():
-    assert {"thinking", "think_open", "think_close"} <= RpamSettings().problem().keys()
+    assert {
+        "thinking",
+        "think_open",
+        "think_close",
+    } <= RpamSettings().cache_key().keys()
 
 
 @pytest.mark.parametrize(
@@ -130,5 +134,5 @@ def test_the_problem_is_the_same_wherever_things_lie():
     two = parse_settings(
         {**PRESETS["paper"], "coefficients": "c", "activations": "disk"}
     )
-    assert one.problem() == two.problem()
-    assert one.problem() != parse_settings({}).problem()
+    assert one.cache_key() == two.cache_key()
+    assert one.cache_key() != parse_settings({}).cache_key()

@@ -65,15 +65,15 @@ class Batch:
     """Queries padded on the right to the longest of them.
 
     input_ids, attention_mask: int64 (queries, tokens); the mask is 1 on real tokens.
-    deciding: bool (queries, tokens), the tokens from which the response is predicted:
-        the last of the prompt and those of the response.
+    predicts_response: bool (queries, tokens), the tokens from which the response is
+        predicted: the last of the prompt and those of the response.
     decisions: bool (queries, tokens), see `EncodedQuery.decisions`.
     patterns: one per query. queries: as they were encoded, in the order of the rows.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    deciding: torch.Tensor
+    predicts_response: torch.Tensor
     decisions: torch.Tensor
     queries: tuple[EncodedQuery, ...]
 
@@ -242,14 +242,16 @@ def _pad(queries: Sequence[EncodedQuery], pad_id: int) -> Batch:
     longest = max(len(query.ids) for query in queries)
     input_ids = torch.full((len(queries), longest), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    deciding = torch.zeros_like(input_ids, dtype=torch.bool)
-    decisions = torch.zeros_like(deciding)
+    predicts_response = torch.zeros_like(input_ids, dtype=torch.bool)
+    decisions = torch.zeros_like(predicts_response)
     for row, query in enumerate(queries):
         input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
         attention_mask[row, : len(query.ids)] = 1
-        deciding[row, query.prompt_tokens - 1 : len(query.ids)] = True
+        predicts_response[row, query.prompt_tokens - 1 : len(query.ids)] = True
         decisions[row, list(query.decisions)] = True
-    return Batch(input_ids, attention_mask, deciding, decisions, tuple(queries))
+    return Batch(
+        input_ids, attention_mask, predicts_response, decisions, tuple(queries)
+    )
 
 
 def template_problem(

@@ -89,7 +89,7 @@ def _other_names(file: CoefficientsFile, request: MergeRequest) -> list[str]:
 
 
 def _changed(made: dict[str, Any], request: MergeRequest) -> list[str]:
-    now, known = request.settings.problem(), made.get("settings", {})
+    now, known = request.settings.cache_key(), made.get("settings", {})
     known = {**known, **{n: v for n, v in BEFORE_THINKING.items() if n not in known}}
     return [
         f"{name} {value} (the config: {now[name]})"

@@ -121,7 +121,7 @@ def layer_bytes(
     settings: RpamSettings,
     experts: int = 2,
 ) -> int:
-    """Return the peak memory of optimising one layer, without activations on the shelf.
+    """Return the peak memory of optimising one layer, without activations on the store.
 
     In float32: base and task vectors, the merged weights and their gradients, the
     coefficients with Adam's state, and what the backward pass of the largest batch

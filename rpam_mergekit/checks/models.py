@@ -267,7 +267,7 @@ def _record(decoder: Decoder, layout: Layout) -> None:
     own = dict(decoder.model.named_parameters(remove_duplicate=False))
     embeddings = {
         info.name: torch.zeros(()).expand(parameter.shape)
-        for info in layout.entering
+        for info in layout.embeddings
         for name, parameter in own.items()
         if name == info.name or name.endswith(f".{info.name}")
     }

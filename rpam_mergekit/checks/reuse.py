@@ -76,7 +76,7 @@ def write_solution(
 
 
 @contextmanager
-def alone(path: Path, say: Say) -> Iterator[None]:
+def exclusive(path: Path, say: Say) -> Iterator[None]:
     """Let one run at a time make the coefficients file at `path`; others wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def fingerprint_of(
         "patterns": list(models.patterns),
         "calibration": calibration.digest if calibration else None,
         "queries": hashlib.sha256(encoded).hexdigest(),
-        "settings": request.settings.problem(),
+        "settings": request.settings.cache_key(),
         "fixed": dict(fixed),
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,

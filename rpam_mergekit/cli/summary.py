@@ -27,7 +27,7 @@ from rpam_mergekit.models.headers import BITS, Header, Tensor
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
-    choose_shelf,
+    choose_store,
     coefficient_bytes,
     free_host_memory,
     readable,
@@ -151,7 +151,7 @@ def _of_prepass(
     device = torch.device(options.device or "cpu")
     size = activation_bytes(batches, width, experts)
     size += activation_bytes(probes, width, experts + len(SCALES))
-    place = choose_shelf(settings.activations, size, device, folder).place
+    place = choose_store(settings.activations, size, device, folder).place
     shown = {"device": device.type, "host": "host memory", "disk": "disk"}[place]
     yield ["activations", f"{readable(size)} on {shown}"]
     own = dict(seen.decoder.model.named_parameters(remove_duplicate=False))

@@ -137,7 +137,7 @@ class SolvedLayers(MutableMapping[int, LayerSolution]):
             self.folder.parent.rmdir()
 
 
-class SolvedElsewhere(SolvedLayers):
+class SolvedByFirst(SolvedLayers):
     """The layers of a run as its other processes see them: the first one writes."""
 
     def __setitem__(self, index: int, solution: LayerSolution) -> None:

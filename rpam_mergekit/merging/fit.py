@@ -20,7 +20,7 @@ from rpam_mergekit.chat.prompts import (
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.reuse import (
-    alone,
+    exclusive,
     fingerprint_of,
     reusable,
     unfinished,
@@ -31,7 +31,7 @@ from rpam_mergekit.evaluate.routing_report import closing_text
 from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
     LayerReport,
-    SolvedElsewhere,
+    SolvedByFirst,
     SolvedLayers,
     folder_of,
 )
@@ -43,9 +43,9 @@ from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
-    choose_shelf,
+    choose_store,
     coefficient_bytes,
-    knobs,
+    explain_out_of_memory,
     readable,
     return_freed_memory,
 )
@@ -84,12 +84,12 @@ def fit(merge: Merge, default: Path) -> Path:
     queries, end = encode_queries(merge)
     prepass = prepass_of(merge, queries, end)
     first = processes.rank == 0
-    fingerprint = processes.tell(
+    fingerprint = processes.broadcast(
         fingerprint_of(request, merge.fixed, merge.config, queries) if first else {}
     )
     on_hub = named is not None and is_hub_path(named)
-    with alone(path, merge.say) if first and not on_hub else nullcontext():
-        if processes.tell(
+    with exclusive(path, merge.say) if first and not on_hub else nullcontext():
+        if processes.broadcast(
             first
             and path.exists()
             and reusable(path, fingerprint, request, merge.layout)
@@ -189,8 +189,8 @@ def prepass_of(
     )
 
 
-def make_room(prepass: PrePass, folder: Path) -> str:
-    """Give the pre-pass a shelf, with files in `folder`; return what lies where.
+def place_activations(prepass: PrePass, folder: Path) -> str:
+    """Give the pre-pass a store, with files in `folder`; return what lies where.
 
     Raises `RpamError` if the disk is too small for them or for the coefficients.
     """
@@ -205,7 +205,7 @@ def make_room(prepass: PrePass, folder: Path) -> str:
     size = activation_bytes(prepass.batches, width, experts)
     probes = [batch for of in prepass.measured.values() for batch in of]
     size += activation_bytes(probes, width, experts + len(SCALES))
-    prepass.shelf = choose_shelf(
+    prepass.store = choose_store(
         settings.activations,
         size // processes.count,
         prepass.decoder.device,
@@ -222,7 +222,7 @@ def make_room(prepass: PrePass, folder: Path) -> str:
     of = f", {processes.count} processes" if processes.count > 1 else ""
     return (
         f"{queries} queries, {tokens} tokens; activations of {readable(size)} on "
-        f"{PLACES[prepass.shelf.place]}{of}{seen}"
+        f"{PLACES[prepass.store.place]}{of}{seen}"
     )
 
 
@@ -231,7 +231,7 @@ def _solve(
 ) -> None:
     """Run the pre-pass, behind what an earlier run has solved; write the file."""
     first = merge.processes.rank == 0
-    solved = (SolvedLayers if first else SolvedElsewhere)(
+    solved = (SolvedLayers if first else SolvedByFirst)(
         unfinished(path) / folder_of(fingerprint)
     )
     if solved:
@@ -239,8 +239,8 @@ def _solve(
             f"rpam: {len(solved)} of {len(merge.layout.layers)} layers were solved "
             f"by a run that did not end; going on behind them ({solved.folder})"
         )
-    merge.say(f"rpam: {make_room(prepass, solved.folder)}")
-    with knobs(prepass.settings, prepass.shelf):
+    merge.say(f"rpam: {place_activations(prepass, solved.folder)}")
+    with explain_out_of_memory(prepass.settings, prepass.store):
         opens = _opening(merge, prepass)
     solution = replace(prepass.run(solved), opens=opens)
     if first:
@@ -252,7 +252,7 @@ def _solve(
             )
         )
         solved.remove()
-    merge.processes.tell(None)  # nobody leaves before the file is there
+    merge.processes.broadcast(None)  # nobody leaves before the file is there
 
 
 def _opening(merge: Merge, prepass: PrePass) -> float | None:

@@ -67,7 +67,7 @@ class Merge:
             merge_adapters(models.every, options)
             for model in self.config.referenced_models():
                 LoaderCache().get(model)
-        self.processes.tell(None)
+        self.processes.broadcast(None)
         self._architecture = get_architecture_info(self.config, options)
         trusted = options.trust_remote_code
         self._out_config = output_config(self.config, self._architecture, trusted)

@@ -25,11 +25,11 @@ from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_folder, merged_from
 from rpam_mergekit.models.checkpoint import digest, digest_of_file, unreadable
 from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD
-from rpam_mergekit.outputs.record import further, read_record
+from rpam_mergekit.outputs.record import output_settings, read_record
 from rpam_mergekit.settings import RpamSettings, parse_settings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
-# Of `further`, as a config calls them.
+# Of `output_settings`, as a config calls them.
 KEYS = {
     "reasoning": "parameters.reasoning",
     "weight": "parameters.weight or a model's weight",
@@ -66,7 +66,11 @@ def _changed(
     models = merge_models(config, read_inputs(config))
     patterns = models.patterns if models else None
     yield from _changed_data(settings, patterns, record)
-    found = {"dtype": config.dtype, "out_dtype": config.out_dtype, **further(config)}
+    found = {
+        "dtype": config.dtype,
+        "out_dtype": config.out_dtype,
+        **output_settings(config),
+    }
     for name, value in found.items():
         if value != record.get(name, 0.0 if name == "reasoning" else None):
             yield KEYS.get(name, name)
@@ -91,7 +95,7 @@ def _changed_data(
             yield f"the calibration file {settings.calibration}"
         if record.get("algorithm") != ALGORITHM:
             yield "the method (by another version of rpam-mergekit)"
-        problem, known = settings.problem(), record["settings"]
+        problem, known = settings.cache_key(), record["settings"]
         for name in sorted(problem.keys() | known.keys()):
             if problem.get(name) != known.get(name):
                 yield f"parameters.{name}"

@@ -67,12 +67,12 @@ class MergeModels:
 class Layout:
     """The tensors of a merge: one tuple per decoder layer, and those outside them.
 
-    `entering` are those outside that come before the layers, the embeddings.
+    `embeddings` are those outside that come before the layers.
     """
 
     layers: tuple[tuple[WeightInfo, ...], ...]
     outside: tuple[WeightInfo, ...]
-    entering: tuple[WeightInfo, ...]
+    embeddings: tuple[WeightInfo, ...]
 
     @property
     def weights(self) -> list[WeightInfo]:
@@ -117,8 +117,8 @@ def plan_layout(
     layers = tuple(
         present(weights.layer_weights(i)) for i in range(weights.num_layers())
     )
-    entering = present(weights.pre_weights())
-    outside = (*entering, *present(weights.post_weights()))
+    embeddings = present(weights.pre_weights())
+    outside = (*embeddings, *present(weights.post_weights()))
     if nowhere:
         more = f" and {len(nowhere) - 1} more" if len(nowhere) > 1 else ""
         raise RpamError(
@@ -127,7 +127,7 @@ def plan_layout(
             "version of mergekit."
         )
     refuse(findings[:SHAPE_FINDINGS])
-    return Layout(layers, outside, entering)
+    return Layout(layers, outside, embeddings)
 
 
 def _present(

@@ -10,7 +10,7 @@ from mergekit.common import dtype_from_name
 
 from rpam_mergekit.models.checkpoint import Layout, MergeModels, load
 from rpam_mergekit.replay.decoder import Decoder
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 
 
 class ExpertWeights:
@@ -56,9 +56,9 @@ class ExpertWeights:
         return tuple(self._outside)
 
     @property
-    def entering(self) -> Sequence[str]:
+    def embeddings(self) -> Sequence[str]:
         """Those of `outside` that come before the layers."""
-        return [info.name for info in self.layout.entering]
+        return [info.name for info in self.layout.embeddings]
 
     def entry(self, number: int, tensor: str) -> str:
         """Return the name of a tensor's coefficient for the `number`th other model."""
@@ -88,9 +88,9 @@ class ExpertWeights:
         model = self.models.every[expert]
         return load(model, infos, self.dtype, str(self.decoder.device))
 
-    def merging(self, experts: Sequence[Weights]) -> Merging:
+    def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""
-        return Merging.of(experts, self.out_dtypes)
+        return LayerMerge.of(experts, self.out_dtypes)
 
 
 def _dtype(weight: WeightInfo, out_dtype: str | None) -> torch.dtype | None:

@@ -184,7 +184,7 @@ def code(text: str) -> str:
 
 def _settings(record: Mapping[str, Any]) -> list[str]:
     settings = record.get("settings") or {}
-    defaults = RpamSettings().problem()  # type: ignore[call-arg]
+    defaults = RpamSettings().cache_key()  # type: ignore[call-arg]
     changed = {n: v for n, v in settings.items() if v != defaults.get(n)}
     if not changed:
         return ["Settings: the defaults.", ""]

@@ -121,7 +121,7 @@ def record_of(
         "settings": made_from["settings"],
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
-        **further(config),
+        **output_settings(config),
         "thinking": {
             **_thinking(request.template.thinking, removed),
             "opens_by_itself": file.metadata.get("opens"),
@@ -148,7 +148,7 @@ def _thinking(thinking: ThinkingMode, removed: bool) -> dict[str, Any]:
     }
 
 
-def further(config: MergeConfiguration) -> dict[str, Any]:
+def output_settings(config: MergeConfiguration) -> dict[str, Any]:
     """Return what else of a config decides about the output, as JSON, by its keys."""
     inputs = read_inputs(config)
     weights = [(i.model, i.parameters.get("weight")) for i in inputs.named]

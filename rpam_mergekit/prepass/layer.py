@@ -16,7 +16,7 @@ from rpam_mergekit.prepass.measures import expert_distance, objective
 from rpam_mergekit.prepass.objective import opening_loss
 from rpam_mergekit.processes import Processes
 from rpam_mergekit.replay.decoder import Decoder
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.settings import RpamSettings
 
@@ -51,7 +51,7 @@ class LayerProblem:
         decoder: Decoder,
         index: int,
         streams: Sequence[Stream],
-        weights: Merging,
+        weights: LayerMerge,
         coefficients: Sequence[LayerCoefficients],
         settings: RpamSettings,
         processes: Processes,
@@ -140,7 +140,9 @@ class LayerProblem:
         states = hidden[rows, stream.prompt_ends].float()
         logits = self.decoder.logits(opening.head, states)
         of_query = opening_loss(logits, opening.token, stream.opens)
-        weighed = (of_query * stream.shares.sum(dim=1)).sum() * len(self.streams)
+        weighed = (of_query * stream.normalized_weights.sum(dim=1)).sum() * len(
+            self.streams
+        )
         return self.settings.opening_weight * weighed
 
     def _cast(self, value: torch.Tensor) -> torch.Tensor:

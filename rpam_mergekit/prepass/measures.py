@@ -28,18 +28,20 @@ def weigh_layer(
     """
     if form == "none":
         for stream in streams:
-            stream.weights = stream.shares
+            stream.weights = stream.normalized_weights
         return
     lengths = [_squared_lengths(stream) for stream in streams]
     logs = [
-        (length.clamp(min=1e-30).log() * stream.shares).sum()
+        (length.clamp(min=1e-30).log() * stream.normalized_weights).sum()
         for stream, length in zip(streams, lengths, strict=True)
     ]
     mean = _total(logs, processes) / _total(
-        [s.shares.sum() for s in streams], processes
+        [s.normalized_weights.sum() for s in streams], processes
     )
     for stream, length in zip(streams, lengths, strict=True):
-        stream.weights = stream.shares * token_factors(length, math.exp(mean), form)
+        stream.weights = stream.normalized_weights * token_factors(
+            length, math.exp(mean), form
+        )
 
 
 def _squared_lengths(stream: Stream) -> torch.Tensor:
@@ -64,7 +66,7 @@ def heaviest_token(streams: Sequence[Stream], processes: Processes = ALONE) -> f
         ).sum(dim=0)
         heaviest = apart.masked_fill(stream.decisions, 0).amax(dim=1)
         share = heaviest / apart.sum(dim=1).clamp(min=1e-30)
-        found.append((share * (stream.shares.sum(dim=1) > 0)).sum())
+        found.append((share * (stream.normalized_weights.sum(dim=1) > 0)).sum())
         count += stream.queries
     return _total(found, processes) / count
 
@@ -140,9 +142,9 @@ def objective(
         loss = distance(hidden, positive, stream.weights) / scale * batches
     if settings.contrastive_weight:
         # A process without queries of its own works on one that weighs nothing.
-        mine = stream.shares.sum(dim=1) > 0
+        mine = stream.normalized_weights.sum(dim=1) > 0
         patterns = processes.gather(stream.patterns, stream.queries)
-        counted = processes.gather(stream.counted, stream.queries)
+        counted = processes.gather(stream.is_token, stream.queries)
         negatives = [
             processes.gather(negative, stream.queries) for negative in stream.negatives
         ]
@@ -150,7 +152,7 @@ def objective(
             hidden,
             positive.to(hidden.dtype),
             torch.cat(negatives).to(hidden.dtype),
-            stream.counted,
+            stream.is_token,
             counted.repeat(len(negatives), 1),
             (stream.patterns[:, None] == patterns[None, :]).repeat(1, len(negatives)),
             settings.temperature,

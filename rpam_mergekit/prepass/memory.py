@@ -14,7 +14,7 @@ import torch
 from rpam_mergekit.chat.prompts import Batch
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.prepass.fields import count_numbers
-from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.activations import TensorStore
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.settings import RpamSettings
 
@@ -68,10 +68,10 @@ def coefficient_bytes(decoder: Decoder, settings: RpamSettings, others: int = 1)
     return numbers * others * (2 if settings.coefficient_dtype == "float16" else 4)
 
 
-def choose_shelf(
+def choose_store(
     place: str, needed: int, device: torch.device | str, folder: Path
-) -> Shelf:
-    """Return a shelf for `needed` bytes, in `place` or, if `auto`, where there is room.
+) -> TensorStore:
+    """Return a store for `needed` bytes, in `place` or, if `auto`, where there is room.
 
     Raises `RpamError` if the disk is needed and too small.
     """
@@ -80,7 +80,7 @@ def choose_shelf(
         place = _roomiest(needed, device)
     if place == "disk":
         check_disk(folder, needed, "the activations (parameters.activations: disk)")
-    return Shelf(place, device, folder)
+    return TensorStore(place, device, folder)
 
 
 def _roomiest(needed: int, device: torch.device) -> str:
@@ -126,7 +126,7 @@ def readable(size: float) -> str:
 
 
 @contextmanager
-def knobs(settings: RpamSettings, shelf: Shelf) -> Iterator[None]:
+def explain_out_of_memory(settings: RpamSettings, store: TensorStore) -> Iterator[None]:
     """Turn running out of memory into an `RpamError` that names what to change."""
     try:
         yield
@@ -134,8 +134,8 @@ def knobs(settings: RpamSettings, shelf: Shelf) -> Iterator[None]:
         if not _out_of_memory(error):
             raise
         raise RpamError(
-            f"out of memory on {shelf.device}: {str(error).splitlines()[0]} "
-            f"{_advice(settings, shelf)} Solved layers are safe: with the same "
+            f"out of memory on {store.device}: {str(error).splitlines()[0]} "
+            f"{_advice(settings, store)} Solved layers are safe: with the same "
             "settings the run goes on behind them, with others it begins anew "
             "(parameters.activations may be changed on the way)."
         ) from error
@@ -148,12 +148,12 @@ def _out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in said or "out of memory" in said
 
 
-def _advice(settings: RpamSettings, shelf: Shelf) -> str:
+def _advice(settings: RpamSettings, store: TensorStore) -> str:
     """Return what to try next, the knob that costs least first."""
     tries = []
-    if shelf.place == "device" and torch.device(shelf.device).type != "cpu":
+    if store.place == "device" and torch.device(store.device).type != "cpu":
         tries.append("parameters.activations: host")
-    elif shelf.place != "disk":
+    elif store.place != "disk":
         tries.append("parameters.activations: disk")
     if settings.batch_size is not None and settings.batch_size > 1:
         half = settings.batch_size // 2

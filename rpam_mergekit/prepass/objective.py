@@ -54,7 +54,7 @@ def contrastive(
     merged: torch.Tensor,
     positive: torch.Tensor,
     negatives: torch.Tensor,
-    counted: torch.Tensor,
+    is_token: torch.Tensor,
     counted_negatives: torch.Tensor,
     same_pattern: torch.Tensor,
     temperature: float,
@@ -63,13 +63,13 @@ def contrastive(
 
     For a query i it is ``-log(e(m_i, p_i) / (e(m_i, p_i) + sum_j e(m_i, n_j)))`` with
     ``e(a, b) = exp(cos(a, b) / temperature)``. The vectors are a query's hidden states
-    over all its counted tokens, end to end; `j` runs over the batch's queries of the
+    over all its is_token tokens, end to end; `j` runs over the batch's queries of the
     same pattern (`same_pattern`, bool (queries, negatives)), whose negatives come from
     the same model. `negatives` and `counted_negatives` are of the whole batch, the
     others may be of a part of its queries.
     """
-    m, p = (_unit(_counted(states, counted)) for states in (merged, positive))
-    n = _unit(_counted(negatives, counted_negatives))
+    m, p = (_unit(_end_to_end(states, is_token)) for states in (merged, positive))
+    n = _unit(_end_to_end(negatives, counted_negatives))
     to_positive = (m * p).sum(dim=1) / temperature
     to_negatives = (m @ n.T) / temperature
     to_negatives = to_negatives.masked_fill(~same_pattern, float("-inf"))
@@ -77,9 +77,9 @@ def contrastive(
     return everything.logsumexp(dim=1) - to_positive
 
 
-def _counted(states: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Return each query's hidden states end to end, zero where not counted."""
-    return (states * counted.unsqueeze(-1).to(states.dtype)).flatten(1)
+def _end_to_end(states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Return each query's hidden states end to end, zero where not is_token."""
+    return (states * is_token.unsqueeze(-1).to(states.dtype)).flatten(1)
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

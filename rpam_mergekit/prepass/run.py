@@ -8,7 +8,7 @@
    through the merged weights exactly as they will be written.
 
 Knows nothing of mergekit's planner. One decoder layer's weights are in memory at a
-time, of all models; the calibration set's activations lie where the shelf is.
+time, of all models; the calibration set's activations lie where the store is.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from rpam_mergekit.prepass.measures import (
     heaviest_token,
     weigh_layer,
 )
-from rpam_mergekit.prepass.memory import knobs
+from rpam_mergekit.prepass.memory import explain_out_of_memory
 from rpam_mergekit.processes import Processes
-from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.activations import TensorStore
 from rpam_mergekit.replay.experts import Experts
-from rpam_mergekit.replay.layer_weights import Merging, Weights, float32
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights, float32
 from rpam_mergekit.replay.recording import Recorder, merged_outside
 from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.routing.opening import opening_probability, opening_queries
@@ -64,7 +64,7 @@ class PrePass:
         settings: RpamSettings,
         *,
         fixed: Mapping[str, float] | None = None,
-        shelf: Shelf | None = None,
+        store: TensorStore | None = None,
         processes: Processes | None = None,
         quiet: bool = False,
         held_out: Sequence[Batch] = (),
@@ -73,7 +73,7 @@ class PrePass:
     ) -> None:
         """`fixed` maps entries to weights that the user has set.
 
-        `shelf` is where activations lie, by default the device. `held_out` and
+        `store` is where activations lie, by default the device. `held_out` and
         `of_solved` are measured, the latter being some of `batches`' queries; `end` is
         the end token of their responses.
         """
@@ -83,7 +83,7 @@ class PrePass:
         self.batches = batches
         self.settings = settings
         self.fixed = dict(fixed or {})
-        self.shelf = shelf or Shelf(device=experts.decoder.device)
+        self.store = store or TensorStore(device=experts.decoder.device)
         self.processes = processes or Processes()
         self.quiet = quiet or self.processes.rank > 0
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -100,12 +100,12 @@ class PrePass:
         if a layer's objective stops being a finite number, and where memory ends.
         """
         solution = Solution({} if solved is None else solved, self.experts.layers)
-        with knobs(self.settings, self.shelf):
+        with explain_out_of_memory(self.settings, self.store):
             self._run(solution)
             return replace(solution, operating_point=self._operating_point())
 
     def _run(self, solution: Solution) -> None:
-        done = self.processes.tell(set(solution.solved))
+        done = self.processes.broadcast(set(solution.solved))
         recorder = self._recorder(self.batches)
         chosen = self._most_divergent(recorder)
         self.streams = self._entered(recorder)
@@ -143,7 +143,7 @@ class PrePass:
     def _head(self, expert: int | None) -> Weights:
         """Return the weights outside the layers of an expert; None: of the merge."""
         if expert is None:
-            return merged_outside(self.experts, self._outside(), entering=False)
+            return merged_outside(self.experts, self._outside(), embeddings=False)
         return float32(self.experts.load(expert, self.experts.outside))
 
     def _outside(self) -> Entries:
@@ -165,7 +165,7 @@ class PrePass:
             self.experts,
             batches,
             self.settings,
-            self.shelf,
+            self.store,
             self.processes,
         )
 
@@ -242,7 +242,7 @@ class PrePass:
         return entries, report
 
     def _initial(
-        self, number: int, weights: Merging, relative: Mapping[str, str]
+        self, number: int, weights: LayerMerge, relative: Mapping[str, str]
     ) -> LayerCoefficients:
         """Return the coefficients of one other model's weights, not yet solved."""
         entries = {self.experts.entry(number, n): name for n, name in relative.items()}
@@ -291,7 +291,7 @@ class PrePass:
     def _advance_probes(
         self,
         index: int,
-        weights: Merging,
+        weights: LayerMerge,
         solved: Sequence[Mapping[str, Weights]],
         relative: Mapping[str, str],
     ) -> None:
@@ -317,7 +317,7 @@ class PrePass:
 
     @torch.no_grad()
     def _advanced(
-        self, index: int, weights: Merging, solved: Sequence[Mapping[str, Weights]]
+        self, index: int, weights: LayerMerge, solved: Sequence[Mapping[str, Weights]]
     ) -> Iterator[tuple[Stream, torch.Tensor]]:
         """Yield the merged streams after this layer, with the weights as written."""
         written = weights.written(solved)
@@ -328,7 +328,7 @@ class PrePass:
     def layer_gap(
         self,
         index: int,
-        weights: Merging,
+        weights: LayerMerge,
         solved: Sequence[Mapping[str, Weights]],
         advance: bool = False,
     ) -> float:
@@ -345,7 +345,7 @@ class PrePass:
     def _minimise(
         self,
         index: int,
-        weights: Merging,
+        weights: LayerMerge,
         coefficients: Sequence[LayerCoefficients],
         progress: tqdm[NoReturn],
     ) -> None:

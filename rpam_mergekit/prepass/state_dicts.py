@@ -17,7 +17,7 @@ from rpam_mergekit.formats.coefficients import entry_name, scaled
 from rpam_mergekit.formats.solved_layers import Solution
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.experts import Experts
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 
 
 class StateDictExperts:
@@ -53,7 +53,7 @@ class StateDictExperts:
         prefix = f"{self.decoder.path}."
         self._outside = [name for name in names if not name.startswith(prefix)]
         head = _head_of(self.decoder.model)
-        self._entering = [name for name in self._outside if name not in head]
+        self._embeddings = [name for name in self._outside if name not in head]
         self._layers: list[dict[str, str]] = [{} for _ in self.decoder.layers]
         for name in names:
             if name.startswith(prefix):
@@ -80,9 +80,9 @@ class StateDictExperts:
         return self._outside
 
     @property
-    def entering(self) -> Sequence[str]:
+    def embeddings(self) -> Sequence[str]:
         """Those of `outside` that come before the layers."""
-        return self._entering
+        return self._embeddings
 
     def entry(self, number: int, tensor: str) -> str:
         """Return the name of a tensor's coefficient for the `number`th other model."""
@@ -107,9 +107,9 @@ class StateDictExperts:
         weights = self.load(expert, list(names))
         return {names[name]: value for name, value in weights.items()}
 
-    def merging(self, experts: Sequence[Weights]) -> Merging:
+    def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""
-        return Merging.of(experts, dict.fromkeys(experts[0]))
+        return LayerMerge.of(experts, dict.fromkeys(experts[0]))
 
 
 def merge_state_dicts(

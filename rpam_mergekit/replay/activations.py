@@ -1,7 +1,8 @@
-"""Where the activations of the calibration set lie: device, host memory or a file.
+"""Storage for the hidden states of the calibration set.
 
-They are what grows with the calibration set; weights never do. Whoever needs one gets
-it on the device.
+A `TensorStore` keeps tensors on the device, in host memory or in memory-mapped files,
+and copies them to the device when they are read. Hidden states are the only thing whose
+size grows with the calibration set.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from rpam_mergekit.replay.calls import Call
 WORTH_MOVING = 1 << 16
 
 
-class Kept(Protocol):
-    """A tensor that lies somewhere."""
+class StoredTensor(Protocol):
+    """A tensor in a store."""
 
     def get(self) -> torch.Tensor:
-        """Return it on the device; not to be changed in place."""
+        """Return the tensor on the device; it must not be changed in place."""
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Replace it by another of its shape and dtype."""
+        """Replace the tensor by another of its shape and dtype."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ class _Elsewhere:
 
 
 @dataclass
-class Shelf:
+class TensorStore:
     """Keeps tensors in one place: `device`, `host`, or `disk` (files in `folder`).
 
     Files are made anew, one for each tensor, and are the caller's to delete.
@@ -67,8 +68,8 @@ class Shelf:
     folder: Path | None = None
     _files: int = field(default=0, init=False)
 
-    def keep(self, tensor: torch.Tensor) -> Kept:
-        """Put a tensor of the device on the shelf."""
+    def store(self, tensor: torch.Tensor) -> StoredTensor:
+        """Keep a tensor that is on the device."""
         device = torch.device(self.device)
         in_host = self.place == "host"
         if self.place == "device" or (in_host and device.type == "cpu"):
@@ -91,17 +92,20 @@ class Shelf:
         return flat.view(shape)
 
 
-class PlacedCalls(Sequence[Call]):
-    """Calls whose large tensors lie on a shelf, each once; items are on the device."""
+class StoredCalls(Sequence[Call]):
+    """Layer calls whose large tensors are in a store, each once.
 
-    def __init__(self, calls: Sequence[Call], shelf: Shelf) -> None:
+    Items are read onto the device.
+    """
+
+    def __init__(self, calls: Sequence[Call], store: TensorStore) -> None:
         known: dict[int, Any] = {}  # the tensors live as long as `calls`
 
         def place(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not _worth_moving(value):
                 return value
             if id(value) not in known:
-                known[id(value)] = shelf.keep(value)
+                known[id(value)] = store.store(value)
             return known[id(value)]
 
         self._calls = [_mapped(call, place) for call in calls]
@@ -125,29 +129,29 @@ def _mapped(call: Call, function: Callable[[Any], Any]) -> Call:
     return Call(tree_map(function, call.args), tree_map(function, call.kwargs))
 
 
-class OnShelf:
-    """An attribute whose tensor lies on its object's `shelf`."""
+class Stored:
+    """An attribute whose tensor is kept in its object's `store`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}"
 
     def __get__(self, holder: Any, owner: type | None = None) -> torch.Tensor:
-        kept: Kept = getattr(holder, self.name)
+        kept: StoredTensor = getattr(holder, self.name)
         return kept.get()
 
     def __set__(self, holder: Any, tensor: torch.Tensor) -> None:
         kept = getattr(holder, self.name, None)
         if kept is None:
-            setattr(holder, self.name, holder.shelf.keep(tensor))
+            setattr(holder, self.name, holder.store.store(tensor))
         else:
             kept.put(tensor)
 
 
-class ShelvedList(Sequence[torch.Tensor]):
-    """Tensors on a shelf, each to be had and replaced by its number."""
+class StoredList(Sequence[torch.Tensor]):
+    """Tensors in a store; each is read and replaced by its number."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], shelf: Shelf) -> None:
-        self._kept = [shelf.keep(tensor) for tensor in tensors]
+    def __init__(self, tensors: Sequence[torch.Tensor], store: TensorStore) -> None:
+        self._kept = [store.store(tensor) for tensor in tensors]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -1,4 +1,8 @@
-"""Recording: every decoder layer keeps the call it gets and hands its input on."""
+"""Recording how a model's own code calls its decoder layers.
+
+Every layer is replaced by a stub that keeps its arguments and returns its input
+unchanged, so that one pass through the model captures all calls.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +45,30 @@ class WrongInput(Exception):
     """A layer's first argument is not the output of the layer before it."""
 
 
-class _Leftover:
+class _ExtraOutput:
     """Stands for what a layer returns besides the hidden states."""
 
 
 # What a layer may return: hidden states, or a tuple of them and of so much else. A
 # model's code that unpacks something else fails with one of the errors.
-LEFTOVERS = (None, 0, 1, 2)
+EXTRA_OUTPUTS = (None, 0, 1, 2)
 UNPACKING_ERRORS = (WrongInput, AttributeError, IndexError, TypeError, ValueError)
 
 
 class Recording:
     """Records the calls of `layers` while it is entered; `model` names the class.
 
-    entering: what enters the first layer. calls: one per layer, in order. `leftovers`
-    is how much a layer returns besides the hidden states; None: it returns no tuple.
+    entering: what enters the first layer. calls: one per layer, in order.
+    extra_outputs: how many values a layer returns after the hidden states; None if it
+    returns the tensor itself.
     """
 
     def __init__(
-        self, model: str, layers: torch.nn.ModuleList, leftovers: int | None
+        self, model: str, layers: torch.nn.ModuleList, extra_outputs: int | None
     ) -> None:
         self.model = model
         self.layers = layers
-        self.leftovers = leftovers
+        self.extra_outputs = extra_outputs
         self.entering: torch.Tensor | None = None
         self.calls: list[Call] = []
 
@@ -87,9 +92,9 @@ class Recording:
             self.calls.append(Call(args[1:], kwargs))
             if index == len(self.layers) - 1:
                 raise AllLayersCalled
-            if self.leftovers is None:
+            if self.extra_outputs is None:
                 return args[0]
-            return (args[0], *(_Leftover() for _ in range(self.leftovers)))
+            return (args[0], *(_ExtraOutput() for _ in range(self.extra_outputs)))
 
         return forward
 
@@ -97,7 +102,7 @@ class Recording:
         """Refuse a layer that is given what other layers or weights have made."""
         leaves, _ = tree_flatten_with_path((args, kwargs))
         for path, value in leaves:
-            if isinstance(value, _Leftover):
+            if isinstance(value, _ExtraOutput):
                 refuse_layer(
                     self.model,
                     index,
@@ -119,15 +124,18 @@ class Recording:
 class Standing:
     """Lets all `layers` return `hidden` while it is entered, whatever they are given.
 
-    `leftovers` as in `Recording`.
+    `extra_outputs` as in `Recording`.
     """
 
     def __init__(
-        self, layers: torch.nn.ModuleList, hidden: torch.Tensor, leftovers: int | None
+        self,
+        layers: torch.nn.ModuleList,
+        hidden: torch.Tensor,
+        extra_outputs: int | None,
     ) -> None:
         self.layers = layers
         self.hidden = hidden
-        self.leftovers = leftovers
+        self.extra_outputs = extra_outputs
 
     def __enter__(self) -> Standing:
         for layer in self.layers:
@@ -139,9 +147,9 @@ class Standing:
             del layer.forward
 
     def _forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        if self.leftovers is None:
+        if self.extra_outputs is None:
             return self.hidden
-        return (self.hidden, *(_Leftover() for _ in range(self.leftovers)))
+        return (self.hidden, *(_ExtraOutput() for _ in range(self.extra_outputs)))
 
 
 def refuse_layer(model: str, index: int, given: str) -> NoReturn:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.replay.calls import (
-    LEFTOVERS,
+    EXTRA_OUTPUTS,
     UNPACKING_ERRORS,
     AllLayersCalled,
     Call,
@@ -65,7 +65,7 @@ class Decoder:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
         self.path, self.layers = _find_layers(self.model, config)
-        self._leftovers: int | None = None
+        self._extra_outputs: int | None = None
         shared = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
         if shared:
             refuse_layer(
@@ -128,8 +128,8 @@ class Decoder:
         this device. Hidden states are float32 (queries, tokens, width).
         """
         problem: Exception | None = None
-        for leftovers in dict.fromkeys((self._leftovers, *LEFTOVERS)):
-            self._leftovers = leftovers
+        for extra_outputs in dict.fromkeys((self._extra_outputs, *EXTRA_OUTPUTS)):
+            self._extra_outputs = extra_outputs
             try:
                 return self._record(outside, input_ids, attention_mask)
             except UNPACKING_ERRORS as error:
@@ -155,7 +155,7 @@ class Decoder:
         weights = self._outside_by_module(outside)
         name = type(self.model).__name__
         with (
-            Recording(name, self.layers, self._leftovers) as found,
+            Recording(name, self.layers, self._extra_outputs) as found,
             suppress(AllLayersCalled),
         ):
             functional_call(self.model, weights, (), arguments)
@@ -215,7 +215,7 @@ class Decoder:
             "attention_mask": torch.ones_like(tokens),
             "use_cache": False,
         }
-        with Standing(self.layers, hidden[None], self._leftovers):
+        with Standing(self.layers, hidden[None], self._extra_outputs):
             output = functional_call(
                 self.model, weights, (), arguments, tie_weights=False
             )

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rpam_mergekit.replay.decoder import Decoder
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 
 
 class Experts(Protocol):
     """The models of a merge, the base first, with their weights on demand.
 
     patterns: the pattern that each model stands for. outside: the names of the tensors
-    outside the decoder layers; entering: of those that come before the layers, the
-    embeddings. Weights are tensors by name, in their own dtype, on the device of the
-    decoder.
+    outside the decoder layers; embeddings: of those that come before the layers.
+    Weights are tensors by name, in their own dtype, on the device of the decoder.
     """
 
     decoder: Decoder
@@ -37,7 +36,7 @@ class Experts(Protocol):
         """The tensors outside the layers, by name."""
 
     @property
-    def entering(self) -> Sequence[str]:
+    def embeddings(self) -> Sequence[str]:
         """Those of `outside` that come before the layers."""
 
     def entry(self, number: int, tensor: str) -> str:
@@ -55,5 +54,5 @@ class Experts(Protocol):
     def layer_of(self, index: int, expert: int) -> Weights:
         """Return one model's weights of a layer, by the names within the layer."""
 
-    def merging(self, experts: Sequence[Weights]) -> Merging:
+    def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""

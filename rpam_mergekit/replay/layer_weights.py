@@ -18,7 +18,7 @@ Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Merging:
+class LayerMerge:
     """Weights to be merged: base and task vectors in float32, and what is written.
 
     `vectors` has one task vector per other model. Weights of whole numbers are in
@@ -32,7 +32,7 @@ class Merging:
     @classmethod
     def of(
         cls, experts: Sequence[Weights], out_dtypes: Mapping[str, torch.dtype | None]
-    ) -> Merging:
+    ) -> LayerMerge:
         """Return the experts' differences, base first; they are emptied on the way.
 
         out_dtypes: what each merged weight is written in; None: as the experts have it.

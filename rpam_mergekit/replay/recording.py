@@ -9,7 +9,7 @@ import torch
 from rpam_mergekit.chat.prompts import Batch
 from rpam_mergekit.formats.solved_layers import Entries
 from rpam_mergekit.processes import Processes
-from rpam_mergekit.replay.activations import PlacedCalls, Shelf
+from rpam_mergekit.replay.activations import StoredCalls, TensorStore
 from rpam_mergekit.replay.calls import Call
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.experts import Experts
@@ -31,14 +31,14 @@ class Recorder:
         experts: Experts,
         batches: Sequence[Batch],
         settings: RpamSettings,
-        shelf: Shelf,
+        store: TensorStore,
         processes: Processes,
     ) -> None:
         self.decoder = decoder
         self.experts = experts
         self.batches = batches
         self.weighed = weigh_tokens(batches, settings)
-        self.shelf = shelf
+        self.store = store
         self.processes = processes
 
     def streams(self, entries: Entries) -> list[Stream]:
@@ -50,14 +50,14 @@ class Recorder:
         streams: list[Stream] = []
         count = len(self.experts.patterns)
         for expert in range(count):
-            weights = float32(self.experts.load(expert, self.experts.entering))
+            weights = float32(self.experts.load(expert, self.experts.embeddings))
             for number, (hidden, calls) in enumerate(self._recorded(weights)):
                 if expert == 0:
-                    placed = PlacedCalls(calls, self.shelf)
+                    placed = StoredCalls(calls, self.store)
                     streams.append(self._stream(number, placed, hidden, count))
                 else:
                     streams[number].experts[expert] = hidden
-        weights = merged_outside(self.experts, entries, entering=True)
+        weights = merged_outside(self.experts, entries, embeddings=True)
         for number, (hidden, _) in enumerate(self._recorded(weights)):
             streams[number].merged = hidden
         return streams
@@ -77,7 +77,7 @@ class Recorder:
     def _stream(
         self,
         number: int,
-        calls: PlacedCalls,
+        calls: StoredCalls,
         hidden: torch.Tensor,
         experts: int,
     ) -> Stream:
@@ -96,19 +96,19 @@ class Recorder:
             calls=calls,
             experts=[hidden] * experts,
             merged=hidden,
-            counted=batch.attention_mask[rows].bool().to(device),
+            is_token=batch.attention_mask[rows].bool().to(device),
             patterns=torch.tensor(positive, device=device),
             token_weights=of_tokens.to(device),
-            shares=shares.to(device),
+            normalized_weights=shares.to(device),
             decisions=batch.decisions[rows].to(device),
             prompt_ends=ends.to(device),
             opens=opens.to(device),
             queries=len(batch.patterns),
-            shelf=self.shelf,
+            store=self.store,
         )
 
 
-def merged_outside(experts: Experts, entries: Entries, *, entering: bool) -> Weights:
+def merged_outside(experts: Experts, entries: Entries, *, embeddings: bool) -> Weights:
     """Return the merged weights outside the layers, or of those that come before them.
 
     As they are written, in float32; `entries` are their coefficients. One tensor of the
@@ -116,7 +116,7 @@ def merged_outside(experts: Experts, entries: Entries, *, entering: bool) -> Wei
     """
     models = len(experts.patterns)
     merged: Weights = {}
-    for name in experts.entering if entering else experts.outside:
+    for name in experts.embeddings if embeddings else experts.outside:
         weights = [experts.load(number, [name]) for number in range(models)]
         solved = [
             {name: entries[experts.entry(number, name)]} for number in range(models - 1)

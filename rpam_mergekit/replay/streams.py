@@ -11,24 +11,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rpam_mergekit.replay.activations import OnShelf, Shelf, ShelvedList
+from rpam_mergekit.replay.activations import Stored, StoredList, TensorStore
 from rpam_mergekit.replay.calls import Call
 
 
 class Stream:
     """This process's queries of one batch.
 
-    Hidden states are float32 (queries, tokens, width) and lie on the shelf.
+    Hidden states are float32 (queries, tokens, width) and are kept in the store.
 
     experts: hidden states of the base model, then of the others.
     merged: those of the merged model.
     calls: every layer's call, as recorded.
-    counted: bool (queries, tokens), false on padding.
+    is_token: bool (queries, tokens), false on padding.
     patterns: int64 (queries,), which of the experts is the positive one.
     token_weights: (queries, tokens), of single tokens; zero on padding.
-    shares: (queries, tokens), the same scaled so that a query weighs the same whatever
-        its length and all batches' sum to 1.
-    weights: `shares`, by what a token's distance counts in this layer, see
+    normalized_weights: (queries, tokens), the same scaled so that a query weighs the
+        same whatever its length and all batches' sum to 1.
+    weights: `normalized_weights`, by what a token's distance counts in this layer, see
         `prepass.measures.weigh_layer`.
     decisions: bool (queries, tokens), see `prompts.EncodedQuery.decisions`.
     prompt_ends: int64 (queries,), the prompts' last tokens. opens: bool (queries,),
@@ -36,7 +36,7 @@ class Stream:
     queries: of the whole batch, all processes' together.
     """
 
-    merged = OnShelf()
+    merged = Stored()
 
     def __init__(
         self,
@@ -44,29 +44,29 @@ class Stream:
         calls: Sequence[Call],
         experts: Sequence[torch.Tensor],
         merged: torch.Tensor,
-        counted: torch.Tensor,
+        is_token: torch.Tensor,
         patterns: torch.Tensor,
         token_weights: torch.Tensor,
-        shares: torch.Tensor,
+        normalized_weights: torch.Tensor,
         decisions: torch.Tensor | None = None,
         prompt_ends: torch.Tensor | None = None,
         opens: torch.Tensor | None = None,
         queries: int | None = None,
-        shelf: Shelf | None = None,
+        store: TensorStore | None = None,
     ) -> None:
-        self.shelf = shelf or Shelf()
+        self.store = store or TensorStore()
         self.calls = calls
-        self.experts = ShelvedList(experts, self.shelf)
+        self.experts = StoredList(experts, self.store)
         self.merged = merged
-        self.counted = counted
+        self.is_token = is_token
         self.patterns = patterns
         self.token_weights = token_weights
-        self.shares = self.weights = shares
-        self.decisions = torch.zeros_like(counted) if decisions is None else decisions
+        self.normalized_weights = self.weights = normalized_weights
+        self.decisions = torch.zeros_like(is_token) if decisions is None else decisions
         none = torch.zeros_like(patterns)
         self.prompt_ends = none if prompt_ends is None else prompt_ends
         self.opens = none.bool() if opens is None else opens
-        self.queries = len(counted) if queries is None else queries
+        self.queries = len(is_token) if queries is None else queries
 
     @property
     def positive(self) -> torch.Tensor:

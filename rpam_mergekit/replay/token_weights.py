@@ -27,7 +27,7 @@ def weigh_tokens(
     for batch in batches:
         factor = torch.tensor([factors[p] for p in batch.patterns]).unsqueeze(1)
         tokens = token_weights(
-            batch.attention_mask.bool(), batch.deciding, settings.prompt_weight
+            batch.attention_mask.bool(), batch.predicts_response, settings.prompt_weight
         )
         shares = with_decisions(
             per_query(tokens), batch.decisions, settings.decision_weight
@@ -46,14 +46,14 @@ def pattern_shares(patterns: Iterable[str], long_share: float) -> dict[str, floa
 
 
 def token_weights(
-    counted: torch.Tensor, deciding: torch.Tensor, prompt_weight: float
+    is_token: torch.Tensor, predicts_response: torch.Tensor, prompt_weight: float
 ) -> torch.Tensor:
-    """Return float32 weights: 1 for `deciding` tokens, `prompt_weight` for others.
+    """Return float32 weights: 1 where the response is predicted, else `prompt_weight`.
 
-    Tokens that are not `counted` (padding) weigh nothing.
+    Tokens that are not `is_token` (padding) weigh nothing.
     """
-    weights = torch.where(deciding, 1.0, prompt_weight)
-    return weights * counted
+    weights = torch.where(predicts_response, 1.0, prompt_weight)
+    return weights * is_token
 
 
 def per_query(weights: torch.Tensor) -> torch.Tensor:

@@ -49,9 +49,9 @@ def opening_probability(
     tokens of the opening, from the end of the prompt on.
     """
     decoder = experts.decoder
-    entering = float32(experts.load(expert, experts.entering))
+    embeddings = float32(experts.load(expert, experts.embeddings))
     recorded = [
-        decoder.record(entering, batch.input_ids, batch.attention_mask)
+        decoder.record(embeddings, batch.input_ids, batch.attention_mask)
         for batch in batches
     ]
     states = [hidden for hidden, _ in recorded]

@@ -17,9 +17,9 @@ from rpam_mergekit.chat.prompts import Batch, EncodedQuery
 from rpam_mergekit.formats.coefficients import scaled
 from rpam_mergekit.formats.operating_point import OperatingPoint
 from rpam_mergekit.processes import Processes
-from rpam_mergekit.replay.activations import ShelvedList
+from rpam_mergekit.replay.activations import StoredList
 from rpam_mergekit.replay.decoder import Decoder
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.routing.figures import (
     SCALES,
@@ -39,7 +39,7 @@ class Probes:
         self.streams = streams
         self.batches = batches
         self.merged = [
-            ShelvedList([stream.merged] * len(SCALES), stream.shelf)
+            StoredList([stream.merged] * len(SCALES), stream.store)
             for stream in streams
         ]
 
@@ -48,7 +48,7 @@ class Probes:
         self,
         decoder: Decoder,
         index: int,
-        weights: Merging,
+        weights: LayerMerge,
         solved: Sequence[Mapping[str, Weights]],
         fixed: Sequence[frozenset[str]],
     ) -> None:

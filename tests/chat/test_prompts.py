@@ -135,7 +135,9 @@ def test_batches_are_padded_to_their_own_longest_only(encode):
 def test_the_tokens_that_decide_are_the_prompts_last_and_the_responses(encode):
     encoded, _ = encode(LONG, SHORT)
     batches = make_batches(encoded, RpamSettings(batch_size=2))
-    short, long = (row for b in batches for row in b.deciding)  # ordered by length
+    short, long = (
+        row for b in batches for row in b.predicts_response
+    )  # ordered by length
     assert short.tolist() == [False] * 6 + [True] * 2 + [False] * (len(short) - 8)
     assert long.tolist() == [False] * 8 + [True] * (len(long) - 8)
 

@@ -364,7 +364,7 @@ def test_names_of_models_that_mergekit_multi_cannot_pass_on(check, own):
 
 
 def test_texts_that_are_no_models_may_hold_anything(check, own):
-    """mergekit-multi alone would take them for models, and end."""
+    """mergekit-multi exclusive would take them for models, and end."""
     path = own / "a+b+c@d@e.jsonl"
     (own / "calibration.jsonl").rename(path)
     config = {**merge_config(own, parameters={"calibration": str(path)}), "name": "one"}

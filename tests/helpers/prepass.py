@@ -62,8 +62,8 @@ def three_experts() -> Stream:
         calls=[],
         experts=torch.randn(3, 2, 3, 4).unbind(),
         merged=torch.randn(2, 3, 4),
-        counted=counted,
+        is_token=counted,
         patterns=torch.tensor([2, 1]),
         token_weights=counted.float(),
-        shares=counted / counted.sum(),
+        normalized_weights=counted / counted.sum(),
     )

@@ -176,7 +176,7 @@ def test_the_contrastive_term_counts_all_negatives():
     )
 
     def closeness(a, b, query):
-        mask = one.counted[query].unsqueeze(-1)
+        mask = one.is_token[query].unsqueeze(-1)
         a, b = ((x[query] * mask).flatten() for x in (a, b))
         return (torch.nn.functional.cosine_similarity(a, b, dim=0)).exp()
 

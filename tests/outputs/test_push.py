@@ -339,7 +339,7 @@ def test_a_card_names_settings_that_are_not_the_defaults(merged):
     card = complete("", record)
     listed = "the defaults: `batch_size: 8`, `epochs: 3`.\n"
     assert f"Settings that differ from {listed}" in card
-    record["settings"] = RpamSettings().problem()
+    record["settings"] = RpamSettings().cache_key()
     assert "Settings: the defaults." in complete("", record)
     assert card.count("| 0 | ") == 1
     assert record["calibration"]["digest"] in card

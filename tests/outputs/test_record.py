@@ -105,7 +105,7 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
                 for name in ("long", "short")
             },
         },
-        "settings": parse_settings(config["parameters"]).problem(),
+        "settings": parse_settings(config["parameters"]).cache_key(),
         "dtype": "float32",
         "out_dtype": None,
         "scale": 1.0,

@@ -9,7 +9,7 @@ from helpers.models import qwen2_config, save_pair, write_calibration
 from helpers.prepass import GRANULARITIES, build
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
-from rpam_mergekit.replay.activations import Shelf
+from rpam_mergekit.replay.activations import TensorStore
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -135,11 +135,11 @@ def test_batches_and_their_padding_change_the_merged_stream_little(pair):
     rows = [
         hidden[row][mask[row]]
         for stream in batched.streams
-        for hidden, mask in [(stream.merged, stream.counted)]
+        for hidden, mask in [(stream.merged, stream.is_token)]
         for row in range(len(hidden))
     ]
-    for alone, row in zip(single.streams, rows, strict=True):
-        torch.testing.assert_close(alone.merged[0], row, rtol=1e-4, atol=1e-5)
+    for exclusive, row in zip(single.streams, rows, strict=True):
+        torch.testing.assert_close(exclusive.merged[0], row, rtol=1e-4, atol=1e-5)
 
 
 def test_an_objective_that_explodes_names_layer_and_knob(pair):
@@ -207,7 +207,7 @@ def test_bfloat16_products_solve_much_the_same(pair):
 def test_a_gpu_solves_what_the_cpu_does(pair, tmp_path, place):
     on_cpu = build(pair).run()
     prepass = build(pair, device="cuda")
-    prepass.shelf = Shelf(place, "cuda", tmp_path)
+    prepass.store = TensorStore(place, "cuda", tmp_path)
     on_gpu = prepass.run()
     for one, two in zip(on_cpu.layers, on_gpu.layers, strict=True):
         assert abs(one.gap_after - two.gap_after) < 1e-3

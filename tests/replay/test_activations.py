@@ -17,12 +17,12 @@ from rpam_mergekit.prepass import memory
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
-    choose_shelf,
+    choose_store,
     coefficient_bytes,
-    knobs,
+    explain_out_of_memory,
     readable,
 )
-from rpam_mergekit.replay.activations import WORTH_MOVING, PlacedCalls, Shelf
+from rpam_mergekit.replay.activations import WORTH_MOVING, StoredCalls, TensorStore
 from rpam_mergekit.replay.calls import Call
 from rpam_mergekit.settings import RpamSettings
 
@@ -31,8 +31,8 @@ LARGE = torch.arange(WORTH_MOVING // 4 + 4, dtype=torch.float32).reshape(2, -1)
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_what_is_kept_comes_back(tmp_path, place):
-    shelf = Shelf(place, "cpu", tmp_path / "activations")
-    one, two = shelf.keep(LARGE), shelf.keep(LARGE > 7)
+    store = TensorStore(place, "cpu", tmp_path / "activations")
+    one, two = store.keep(LARGE), store.keep(LARGE > 7)
     assert torch.equal(one.get(), LARGE)
     assert torch.equal(two.get(), LARGE > 7)
     one.put(LARGE + 1)
@@ -42,7 +42,7 @@ def test_what_is_kept_comes_back(tmp_path, place):
 
 
 def test_on_disk_a_tensor_is_the_bytes_of_its_file(tmp_path):
-    kept = Shelf("disk", "cpu", tmp_path).keep(LARGE)
+    kept = TensorStore("disk", "cpu", tmp_path).keep(LARGE)
     kept.put(LARGE * 2)
     (file,) = tmp_path.iterdir()
     assert file.read_bytes() == (LARGE * 2).numpy().tobytes()
@@ -52,7 +52,7 @@ def test_calls_share_what_they_shared_and_keep_small_things(tmp_path):
     mask = (LARGE > 0).repeat(4, 1)
     expanded = torch.ones(1).expand(WORTH_MOVING)
     calls = [Call((mask,), {"pair": (mask, expanded), "use": True}) for _ in range(3)]
-    placed = PlacedCalls(calls, Shelf("disk", "cpu", tmp_path))
+    placed = StoredCalls(calls, TensorStore("disk", "cpu", tmp_path))
     assert len(placed) == 3
     assert len(list(tmp_path.iterdir())) == 1
     call = placed[1]
@@ -66,7 +66,7 @@ def test_calls_share_what_they_shared_and_keep_small_things(tmp_path):
 def test_the_place_changes_no_bit(pair, tmp_path, granularity):
     plain = build(pair, granularity=granularity).run().entries
     prepass = build(pair, granularity=granularity)
-    prepass.shelf = Shelf("disk", "cpu", tmp_path)
+    prepass.store = TensorStore("disk", "cpu", tmp_path)
     on_disk = prepass.run().entries
     assert list(tmp_path.iterdir())
     for name, parts in plain.items():
@@ -121,9 +121,9 @@ def test_the_bytes_of_the_coefficients_are_known_before(pair, granularity):
 
 def test_auto_takes_the_host_while_it_has_room(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
-    assert choose_shelf("auto", 500, "cpu", tmp_path).place == "host"
-    assert choose_shelf("auto", 501, "cpu", tmp_path).place == "disk"
-    assert choose_shelf("host", 501, "cpu", tmp_path).place == "host"
+    assert choose_store("auto", 500, "cpu", tmp_path).place == "host"
+    assert choose_store("auto", 501, "cpu", tmp_path).place == "disk"
+    assert choose_store("host", 501, "cpu", tmp_path).place == "host"
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(RpamError, match=r"1\.0 MiB free, but .* need 3\.0 MiB"):
         check_disk(tmp_path / "not" / "yet", 3 << 20, "the coefficients")
     with pytest.raises(RpamError, match="activations: disk"):
-        choose_shelf("disk", 3 << 20, "cpu", tmp_path)
+        choose_store("disk", 3 << 20, "cpu", tmp_path)
 
 
 def test_running_out_of_memory_names_the_knobs(pair):
@@ -169,8 +169,8 @@ def test_running_out_of_memory_names_the_knobs(pair):
 
 def test_the_knobs_depend_on_what_is_turned_already(tmp_path):
     settings = RpamSettings(batch_size=1, granularity="element")
-    shelf = Shelf("disk", "cpu", tmp_path)
-    with pytest.raises(RpamError) as caught, knobs(settings, shelf):
+    store = TensorStore("disk", "cpu", tmp_path)
+    with pytest.raises(RpamError) as caught, explain_out_of_memory(settings, store):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     said = str(caught.value)
     assert "parameters.activations: " not in said.split("Try")[1].split("Solved")[0]
@@ -181,7 +181,7 @@ def test_the_knobs_depend_on_what_is_turned_already(tmp_path):
 def test_other_errors_pass(tmp_path):
     with (
         pytest.raises(RuntimeError, match="something else"),
-        knobs(RpamSettings(), Shelf()),
+        explain_out_of_memory(RpamSettings(), TensorStore()),
     ):
         raise RuntimeError("something else")
 

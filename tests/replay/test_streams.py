@@ -66,10 +66,10 @@ def stream() -> Stream:
         calls=[],
         experts=[base, other],
         merged=base,
-        counted=counted,
+        is_token=counted,
         patterns=torch.tensor([1, 0]),
         token_weights=counted.float(),
-        shares=counted / counted.sum(),
+        normalized_weights=counted / counted.sum(),
     )
 
 

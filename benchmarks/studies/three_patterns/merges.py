@@ -167,7 +167,7 @@ def run_all(
     has answered the same queries.
     """
     path = folder / "results.jsonl"
-    problem = [digest(folder), list(seeds), each, parse_settings({}).problem()]
+    problem = [digest(folder), list(seeds), each, parse_settings({}).cache_key()]
     records = json_lines.read(path)
     done = {r["job"]: r["sums"] for r in records if r["problem"] == problem}
     todo = [job for job in jobs if job.key not in done]

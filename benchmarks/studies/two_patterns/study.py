@@ -132,7 +132,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any] | None:
     if config.get("merge_method") != "rpam":
         return None
     given = {k: v for k, v in config["parameters"].items() if k not in STUDYS_OWN}
-    return parse_settings(given).problem()
+    return parse_settings(given).cache_key()
 
 
 class Results:

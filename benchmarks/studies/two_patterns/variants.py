@@ -17,7 +17,7 @@ from rpam_mergekit.models.checkpoint import load
 from rpam_mergekit.prepass.fields import LayerCoefficients
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.calls import Call
-from rpam_mergekit.replay.layer_weights import Merging, Weights
+from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
 from rpam_mergekit.replay.recording import Recorder
 from rpam_mergekit.replay.streams import Stream
 
@@ -116,10 +116,10 @@ def _stage(stream: Stream, *entering: torch.Tensor) -> Stream:
         calls=[Call((), {})],
         experts=experts,
         merged=merged,
-        counted=stream.counted,
+        is_token=stream.is_token,
         patterns=stream.patterns,
         token_weights=stream.token_weights,
-        shares=stream.shares,
+        normalized_weights=stream.normalized_weights,
     )
 
 
@@ -134,7 +134,7 @@ class EarlyStop(PrePass):
     def _minimise(
         self,
         index: int,
-        weights: Merging,
+        weights: LayerMerge,
         coefficients: Sequence[LayerCoefficients],
         progress: tqdm,
     ) -> None:
