@@ -44,7 +44,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.merging.method import activate
+from rpam_mergekit.merging.hooks import activate
 from rpam_mergekit.models.checkpoint import content_digests
 
 LIMITS = {"tensor": 1.25, "low_rank": 1.25, "element": 1.6}

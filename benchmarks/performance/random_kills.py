@@ -26,7 +26,7 @@ from _machine import command_line, describe, own_process, table
 from _random_pairs import checkpoint_bytes, rpam_config, small_config, write_pair
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from rpam_mergekit.merging.method import activate
+from rpam_mergekit.merging.hooks import activate
 
 SHARDS = 12  # of the output, so that kills can fall between two of them
 

@@ -87,7 +87,7 @@ def _preload() -> None:
     for name in (
         "mergekit.scripts.run_yaml",
         "mergekit.scripts.multimerge",
-        "rpam_mergekit.merging.method",
+        "rpam_mergekit.merging.hooks",
         "transformers.models.qwen2.modeling_qwen2",
         "transformers.models.llama.modeling_llama",
     ):

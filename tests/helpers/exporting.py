@@ -18,7 +18,7 @@ from transformers.utils import logging
 from helpers.merged import COEFFICIENTS, shard_bytes
 from helpers.models import merge_config, qwen2_config, save_pair, write_calibration
 from rpam_mergekit.cli.main import main
-from rpam_mergekit.merging import method
+from rpam_mergekit.merging import hooks
 from rpam_mergekit.outputs.stock_recipe import RECIPE
 
 
@@ -46,7 +46,7 @@ def config_of(folder: Path, granularity: str = "module", **changes) -> dict:
 
 def merge(config: dict, out: Path, **options) -> Path:
     """Merge in this process, by mergekit's own planner and writer."""
-    method.activate()
+    hooks.activate()
     LoaderCache.loaders.clear()
     mergekit.merge.run_merge(
         MergeConfiguration.model_validate(config),
@@ -58,7 +58,7 @@ def merge(config: dict, out: Path, **options) -> Path:
 
 def exported(config: dict, out: Path, *options: str):
     """Return the outcome of `export` for the merge in `out`, quiet."""
-    method.activate()
+    hooks.activate()
     LoaderCache.loaders.clear()
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(config))

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-import rpam_mergekit.merging.planned
+import rpam_mergekit.merging.fit
 from rpam_mergekit.formats.solved_layers import OUTSIDE, Entries, Solution
 from rpam_mergekit.models.checkpoint import load
 from rpam_mergekit.prepass.fields import LayerCoefficients
@@ -201,8 +201,8 @@ VARIANTS = {"learned outside": LearnedOutside, "early stop": EarlyStop}
 def prepass_of(variant: str | None) -> Iterator[None]:
     """Make merges of this process use a variant of the pre-pass; None: the real one."""
     if variant is not None:
-        rpam_mergekit.merging.planned.PrePass = VARIANTS[variant]
+        rpam_mergekit.merging.fit.PrePass = VARIANTS[variant]
     try:
         yield
     finally:
-        rpam_mergekit.merging.planned.PrePass = PrePass
+        rpam_mergekit.merging.fit.PrePass = PrePass
