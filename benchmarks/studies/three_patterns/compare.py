@@ -36,7 +36,7 @@ from _machine import describe, table
 from experts import BASES, PATTERNS, cache, calibrate, train
 from merges import Figures, Job, Sums, around, figures, run_all, uniform
 
-import rpam_mergekit.merging.hooks
+from rpam_mergekit.merging.hooks import activate
 
 ALONE = [Job("", name) for name in (*PATTERNS, "base")]
 CALIBRATION = 768  # queries of each pattern, of which every seed draws its own
@@ -233,7 +233,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    rpam_mergekit.merging.hooks.activate()
+    activate()
     if args.quick:
         args.seeds, args.queries, args.steps, args.coarse = args.seeds[:1], 12, 2, 2
         args.rounds, args.base = 0, "quick"

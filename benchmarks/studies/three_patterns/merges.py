@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experts import PATTERNS, TASK, form, json_lines, load, queries, respond, right
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
+from study import merge
 from tqdm import tqdm
 
 from rpam_mergekit.settings import parse_settings
@@ -142,11 +140,7 @@ def run_job(job: Job, folder: Path, seeds: Iterable[int], each: int) -> Sums:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         if job.method:
-            run_merge(
-                MergeConfiguration.model_validate(config_of(job, folder)),
-                str(out),
-                MergeOptions(quiet=True, random_seed=0),
-            )
+            merge(config_of(job, folder), out, 0)
         model, tokenizer = load(out if job.method else folder / job.name)
         return {
             str(seed): measure(

@@ -107,6 +107,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def merge(config: dict[str, Any], folder: Path, random_seed: int | None) -> None:
+    """Merge in this process, by mergekit."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 import rpam_mergekit.merging.fit
 from rpam_mergekit.formats.solved_layers import OUTSIDE, Entries, Solution
-from rpam_mergekit.models.checkpoint import load
 from rpam_mergekit.prepass.fields import LayerCoefficients
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.calls import Call
@@ -84,11 +83,7 @@ class LearnedOutside(PrePass):
             def replay(self, _index: int, weights: Weights, hidden: Any, _call: Any):
                 return function(weights, hidden)
 
-        infos = [w for w in self.layout.outside if w.name in names]
-        experts = [
-            load(model, infos, self.experts.dtype, str(self.decoder.device))
-            for model in self.models.every
-        ]
+        experts = [self.experts.load(number, names) for number in (0, 1)]
         layers = self.decoder, self.streams
         self.decoder, self.streams = Stage(), streams  # type: ignore[assignment]
         try:
