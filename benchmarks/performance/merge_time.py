@@ -45,7 +45,7 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.merging.hooks import activate
-from rpam_mergekit.models.checkpoint import content_digests
+from rpam_mergekit.models.weights import content_digests
 
 LIMITS = {"tensor": 1.25, "low_rank": 1.25, "element": 1.6}
 MEMORY = 0.10  # above linear's peak, plus one tensor's coefficients

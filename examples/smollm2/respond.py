@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from words import Problem
 
 from rpam_mergekit.evaluate.compare import QueryFigures
+from rpam_mergekit.formats.files import digest
 from rpam_mergekit.grading.responses import (
     CLOSED,
     NONE,
@@ -23,7 +24,6 @@ from rpam_mergekit.grading.responses import (
     final_answers,
     thinking,
 )
-from rpam_mergekit.models.checkpoint import digest
 
 MOST_NEW_TOKENS = 80
 BATCH = 64

@@ -36,7 +36,7 @@ from rpam_mergekit.errors import RpamError, collect, first_line, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.models.checkpoint import MergeModels
+from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.models.references import notes
 from rpam_mergekit.models.tokenizers import tokenizer_findings
 from rpam_mergekit.processes import local_device

@@ -21,7 +21,7 @@ from mergekit.config import (
 
 from rpam_mergekit.errors import RpamError, refuse, suggestion
 from rpam_mergekit.formats.calibration import PATTERNS
-from rpam_mergekit.models.checkpoint import MergeModels
+from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.settings import MODEL_PARAMETERS
 
 PATTERN_NAME = re.compile(r"[a-z][a-z0-9_-]*")

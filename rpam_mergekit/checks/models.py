@@ -23,13 +23,13 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rpam_mergekit.errors import RpamError, collect, first_line
-from rpam_mergekit.models.checkpoint import Layout, MergeModels, plan_layout
 from rpam_mergekit.models.headers import (
     Header,
     compare_shapes,
     read_header,
     unknown_notes,
 )
+from rpam_mergekit.models.layout import Layout, MergeModels, plan_layout
 from rpam_mergekit.models.patches import loaders_from_headers
 from rpam_mergekit.models.references import read_config
 from rpam_mergekit.models.tokenizers import (

@@ -10,7 +10,7 @@ from mergekit.config import ParameterSetting
 
 from rpam_mergekit.checks.templates import TemplateInUse
 from rpam_mergekit.formats.calibration import CalibrationSet
-from rpam_mergekit.models.checkpoint import Layout, MergeModels
+from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.settings import RpamSettings
 
 NAME = "rpam"

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.reuse import fingerprint_of, reusable
+from rpam_mergekit.checks.fingerprint import fingerprint_of, reusable
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.merging.merge import Merge

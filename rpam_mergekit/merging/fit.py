@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from mergekit.options import MergeOptions
 
-from rpam_mergekit.chat.prompts import (
-    EncodedQuery,
-    encode_calibration,
-    end_token,
-    make_batches,
-)
+from rpam_mergekit.chat.prompts import EncodedQuery, encode_calibration, make_batches
+from rpam_mergekit.chat.rendering import end_token
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.reuse import (
+from rpam_mergekit.checks.fingerprint import (
     exclusive,
     fingerprint_of,
     reusable,

@@ -24,7 +24,7 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.checks.examine import Examination, config_notes
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merge_adapters
-from rpam_mergekit.models.checkpoint import Layout, plan_layout
+from rpam_mergekit.models.layout import Layout, plan_layout
 from rpam_mergekit.models.patches import output_config
 from rpam_mergekit.processes import Processes
 

@@ -16,14 +16,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions
 
+from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
-from rpam_mergekit.checks.reuse import ALGORITHM
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.formats.files import digest, digest_of_file
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_folder, merged_from
-from rpam_mergekit.models.checkpoint import digest, digest_of_file, unreadable
+from rpam_mergekit.models.headers import unreadable
 from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD
 from rpam_mergekit.outputs.record import output_settings, read_record
 from rpam_mergekit.settings import RpamSettings, parse_settings

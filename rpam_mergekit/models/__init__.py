@@ -1,6 +1,7 @@
 """The models of a merge, through mergekit's loaders.
 
-`checkpoint` plans which tensors are merged and loads them, `weights` hands a layer of
-every model to the pre-pass; `headers` reads names and shapes without weights,
-`adapters` merges LoRA adapters, `references` finds models on disk and Hub.
+`layout` plans which tensors are merged, `weights` loads them, a layer of every model at
+a time; `headers` reads names and shapes without weights, `adapters` merges LoRA
+adapters, `references` says what is wrong with a model. What is changed in mergekit for
+a while is in `patches`.
 """

@@ -21,7 +21,8 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import RpamError, first_line
-from rpam_mergekit.models.checkpoint import digest, unreadable
+from rpam_mergekit.formats.files import digest
+from rpam_mergekit.models.headers import unreadable
 from rpam_mergekit.models.patches import merged_name
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -20,7 +20,7 @@ from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 
 from rpam_mergekit.errors import RpamError, first_line
-from rpam_mergekit.models.checkpoint import SHAPE_FINDINGS, unreadable
+from rpam_mergekit.models.layout import SHAPE_FINDINGS
 
 VOCABULARY = ("embed", "wte", "lm_head", "output")
 DTYPES = {
@@ -170,3 +170,15 @@ def unknown_notes(headers: Mapping[ModelReference, Header]) -> Sequence[str]:
         for model, header in headers.items()
         if header.unknown
     ]
+
+
+def unreadable(folder: Path) -> str | None:
+    """Return what keeps mergekit from reading a model folder's weights, or None."""
+    try:
+        index = ShardedTensorIndex.from_disk(str(folder))
+    except Exception as error:
+        return f"{first_line(error)}."
+    for shard in sorted(set(index.tensor_paths.values())):
+        if not (folder / shard).exists():
+            return f"{shard} is missing, which the index in {folder} names."
+    return None

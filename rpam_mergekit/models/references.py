@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import first_line, refuse
 from rpam_mergekit.models.adapters import adapter_findings, adapter_notes
-from rpam_mergekit.models.checkpoint import unreadable
+from rpam_mergekit.models.headers import unreadable
 
 
 def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:

@@ -1,16 +1,53 @@
-"""The weights of all experts, a decoder layer at a time, loaded as mergekit does."""
+"""The weights of all experts, a decoder layer at a time, through mergekit's own loader.
+
+The loader finds shards, pickles, LoRA references, tied heads, and checkpoints of
+mixtures of experts whose tensors transformers fuses. What is read here is what is
+merged later.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io.tasks import LoaderCache, LoadTensor
 
-from rpam_mergekit.models.checkpoint import Layout, MergeModels, load
+from rpam_mergekit.formats.files import digest
+from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
+
+
+def load(
+    model: ModelReference,
+    weights: Sequence[WeightInfo],
+    dtype: str | None,
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """Return `weights` of `model` by mergekit's names, cast as the merge casts them.
+
+    `dtype` is the config's `dtype:`; without one the checkpoint's own stays. mergekit
+    keeps the last shard of a .bin checkpoint where it was read to, whole: in memory,
+    not on the device.
+    """
+    safetensors = LoaderCache().get(model).index.is_safetensors
+    return {
+        weight.name: LoadTensor(
+            model=model,
+            tensor=weight.name,
+            dtype=weight.force_dtype or dtype,
+            device=device if safetensors else "cpu",
+            aliases=weight.aliases,
+            tied_names=weight.tied_names,
+        )
+        .execute()
+        .to(device)
+        for weight in weights
+    }
 
 
 class ExpertWeights:
@@ -97,3 +134,22 @@ def _dtype(weight: WeightInfo, out_dtype: str | None) -> torch.dtype | None:
     """Return what a merged weight is written in; None: as the models have it."""
     dtype: torch.dtype | None = dtype_from_name(weight.force_dtype or out_dtype)
     return dtype
+
+
+def content_digest(model: ModelReference) -> str:
+    """Return what identifies a model's weights, see `digest`.
+
+    Of a model with an adapter, these are the files it was merged into.
+    """
+    return content_digests([model])[0]
+
+
+def content_digests(models: Sequence[ModelReference]) -> list[str]:
+    """Return every model's `content_digest`; they are read side by side."""
+    indices = [LoaderCache().get(model).index for model in models]  # by thread
+    files = [
+        [Path(index.base_path) / shard for shard in set(index.tensor_paths.values())]
+        for index in indices
+    ]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, files))

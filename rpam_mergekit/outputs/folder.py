@@ -14,8 +14,9 @@ from mergekit.io import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 
 from rpam_mergekit.errors import RpamError, first_line, refuse
+from rpam_mergekit.formats.files import digest_of_file
 from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.models.checkpoint import digest_of_file, unreadable
+from rpam_mergekit.models.headers import unreadable
 
 RECORD = "rpam.json"
 IN_OUTPUT = Path("rpam") / "coefficients.safetensors"

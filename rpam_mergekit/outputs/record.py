@@ -23,9 +23,10 @@ from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.formats.files import digest_of_file
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_from
-from rpam_mergekit.models.checkpoint import Layout, digest_of_file
+from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.outputs.card import PAPER, complete
 from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD

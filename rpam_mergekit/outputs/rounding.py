@@ -15,8 +15,8 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.models.checkpoint import Layout, MergeModels
 from rpam_mergekit.models.headers import DTYPES, read_header
+from rpam_mergekit.models.layout import Layout, MergeModels
 
 FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 WIDE = (torch.float32, torch.float64)  # what loading in them changes float32 does not

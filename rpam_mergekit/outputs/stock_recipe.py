@@ -20,7 +20,8 @@ from safetensors import safe_open
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.models.checkpoint import Layout, MergeModels, digest_of_file
+from rpam_mergekit.formats.files import digest_of_file
+from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.outputs.card import PAPER
 from rpam_mergekit.outputs.filters import (
     MOST_OTHERS,

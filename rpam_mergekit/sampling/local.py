@@ -37,7 +37,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rpam_mergekit.chat.prompts import prompt_ids
+from rpam_mergekit.chat.rendering import prompt_ids
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.responses import Markers
 from rpam_mergekit.sampling.questions import Question
@@ -365,13 +365,13 @@ def local_digest(model: str) -> str | None:
     reference = reference_of(model)
     base = None
     if Path(reference.model.path).is_dir():
-        from rpam_mergekit.models.checkpoint import content_digest
+        from rpam_mergekit.models.weights import content_digest
 
         base = content_digest(ModelReference(model=reference.model))
     if reference.lora is None:
         return base
+    from rpam_mergekit.formats.files import digest
     from rpam_mergekit.models.adapters import adapter_files
-    from rpam_mergekit.models.checkpoint import digest
 
     both = f"{base or reference.model}\n{digest(adapter_files(reference.lora))}\n"
     return hashlib.sha256(both.encode()).hexdigest()

@@ -61,7 +61,7 @@ def check_questions(
 ) -> None:
     """Raise `RpamError` if the chat template does not take a query as it is."""
     # Not at the top: it needs torch, which the commands on files do not.
-    from rpam_mergekit.chat.prompts import prompt_text, template_problem
+    from rpam_mergekit.chat.rendering import prompt_text, template_problem
 
     for question in questions:
         problem = template_problem(question.messages, tokenizer)
@@ -184,7 +184,7 @@ def _told(
 
     vLLM and SGLang render it as a request's fields want it.
     """
-    from rpam_mergekit.chat.prompts import prompt_text
+    from rpam_mergekit.chat.rendering import prompt_text
 
     rendering = dict(extra_body.get("chat_template_kwargs") or {})
     if "chat_template" in extra_body:

@@ -12,9 +12,9 @@ from rpam_mergekit.chat.prompts import (
     PADDING,
     EncodedQuery,
     encode_calibration,
-    end_token,
     make_batches,
 )
+from rpam_mergekit.chat.rendering import end_token
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.settings import RpamSettings

@@ -80,7 +80,7 @@ class Engine:
                 await asyncio.to_thread(self.generate, settings, group)
 
     def generate(self, settings, group) -> None:
-        from rpam_mergekit.chat.prompts import prompt_ids
+        from rpam_mergekit.chat.rendering import prompt_ids
 
         self.backend.settings = settings
         prompts = [prompt_ids(b["messages"], self.backend.tokenizer) for b, _ in group]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from rpam_mergekit.chat.prompts import encode_calibration, make_batches
 from rpam_mergekit.formats.calibration import read_calibration
-from rpam_mergekit.models.checkpoint import MergeModels, plan_layout
+from rpam_mergekit.models.layout import MergeModels, plan_layout
 from rpam_mergekit.models.weights import ExpertWeights
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.decoder import Decoder

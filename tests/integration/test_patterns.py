@@ -17,7 +17,7 @@ from helpers.prepass import three_experts
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile, merge
-from rpam_mergekit.models.checkpoint import MergeModels
+from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.prepass.measures import expert_distance, gap, objective
 from rpam_mergekit.replay.token_weights import pattern_shares
 from rpam_mergekit.settings import RpamSettings

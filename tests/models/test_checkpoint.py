@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from rpam_mergekit.models.checkpoint import digest
+from rpam_mergekit.formats.files import digest
 
 
 def test_the_digest_is_that_of_the_files_in_order_of_their_names(tmp_path):

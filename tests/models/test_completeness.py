@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from helpers.models import TINY, merge_config, qwen2_config, save_pair
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import write_coefficients
-from rpam_mergekit.models.checkpoint import content_digest, plan_layout
 from rpam_mergekit.models.completeness import check_complete
+from rpam_mergekit.models.layout import plan_layout
+from rpam_mergekit.models.weights import content_digest
 
 LOSSY = {
     "first_k_dense_replace": 1,

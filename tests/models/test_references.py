@@ -34,9 +34,10 @@ from rpam_mergekit.checks.examine import config_notes, examine_merge
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.models import patches
 from rpam_mergekit.models.adapters import merge_adapters
-from rpam_mergekit.models.checkpoint import MergeModels, content_digest
 from rpam_mergekit.models.headers import compare_shapes, read_header
+from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.models.references import public_name, read_config
+from rpam_mergekit.models.weights import content_digest
 
 
 @pytest.fixture(scope="module")

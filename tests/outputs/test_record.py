@@ -22,7 +22,7 @@ from helpers.merged import COEFFICIENTS, shard_bytes
 from helpers.models import merge_config, save_adapter
 from helpers.paths import SCRIPTS
 from rpam_mergekit import __version__
-from rpam_mergekit.checks.reuse import ALGORITHM
+from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.outputs.folder import RECORD

@@ -13,7 +13,7 @@ from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
-from rpam_mergekit.models.checkpoint import Layout
+from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.settings import BEFORE_THINKING
 

@@ -1,20 +1,10 @@
-"""The weights of one model, a decoder layer at a time, through mergekit's own loader.
-
-mergekit's architecture definitions say which tensors a layer has and its loader finds
-them: shards, pickles, LoRA references, tied heads, and checkpoints of mixtures of
-experts whose tensors transformers fuses. What is read here is what is merged later.
-"""
+"""The models of a merge and their tensors, by mergekit's architecture definitions."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from mergekit.architecture import (
     ConfiguredModuleArchitecture,
     ModelArchitecture,
@@ -22,11 +12,10 @@ from mergekit.architecture import (
 )
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
-from mergekit.io import ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
-from rpam_mergekit.errors import RpamError, first_line, refuse
+from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.coefficients import entry_name
 
 SHAPE_FINDINGS = 5
@@ -157,81 +146,3 @@ def _present(
         lacking = models[has.index(False)]
         findings.append(f"{lacking}: tensor {weight.name} is missing.")
     return all(has)
-
-
-def load(
-    model: ModelReference,
-    weights: Sequence[WeightInfo],
-    dtype: str | None,
-    device: str,
-) -> dict[str, torch.Tensor]:
-    """Return `weights` of `model` by mergekit's names, cast as the merge casts them.
-
-    `dtype` is the config's `dtype:`; without one the checkpoint's own stays. mergekit
-    keeps the last shard of a .bin checkpoint where it was read to, whole: in memory,
-    not on the device.
-    """
-    safetensors = LoaderCache().get(model).index.is_safetensors
-    return {
-        weight.name: LoadTensor(
-            model=model,
-            tensor=weight.name,
-            dtype=weight.force_dtype or dtype,
-            device=device if safetensors else "cpu",
-            aliases=weight.aliases,
-            tied_names=weight.tied_names,
-        )
-        .execute()
-        .to(device)
-        for weight in weights
-    }
-
-
-def content_digest(model: ModelReference) -> str:
-    """Return what identifies a model's weights, see `digest`.
-
-    Of a model with an adapter, these are the files it was merged into.
-    """
-    return content_digests([model])[0]
-
-
-def content_digests(models: Sequence[ModelReference]) -> list[str]:
-    """Return every model's `content_digest`; they are read side by side."""
-    indices = [LoaderCache().get(model).index for model in models]  # by thread
-    files = [
-        [Path(index.base_path) / shard for shard in set(index.tensor_paths.values())]
-        for index in indices
-    ]
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(digest, files))
-
-
-def digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of the SHA-256s of files, in hex and one a line, by name."""
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(digest_of_file, sorted(files)))
-    return hashlib.sha256("".join(f"{one}\n" for one in found).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """Return a file's SHA-256 in hex; what the Hub's cache knows is not read."""
-    stored = path.resolve()
-    if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
-        return stored.name  # the Hub's cache names large files by their SHA-256
-    content = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
-
-
-def unreadable(folder: Path) -> str | None:
-    """Return what keeps mergekit from reading a model folder's weights, or None."""
-    try:
-        index = ShardedTensorIndex.from_disk(str(folder))
-    except Exception as error:
-        return f"{first_line(error)}."
-    for shard in sorted(set(index.tensor_paths.values())):
-        if not (folder / shard).exists():
-            return f"{shard} is missing, which the index in {folder} names."
-    return None

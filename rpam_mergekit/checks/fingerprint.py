@@ -23,8 +23,9 @@ from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.formats.solved_layers import Solution
-from rpam_mergekit.models.checkpoint import Layout, MergeModels, content_digests
+from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.models.references import public_name
+from rpam_mergekit.models.weights import content_digests
 
 # Raised whenever the same inputs would give other coefficients than before.
 ALGORITHM = 2
