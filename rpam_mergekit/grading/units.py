@@ -47,9 +47,12 @@ class Unit:
         return cls(name, _known(name))
 
     def in_terms_of(self, other: Unit) -> Fraction:
-        """Return how many of `other` make one of this, to 15 digits."""
-        assert self.expression is not None
-        assert other.expression is not None
+        """Return how many of `other`, of the same dimension, make one of this.
+
+        To 15 digits. Units that pint does not know are the same but for their spelling.
+        """
+        if self.expression is None or other.expression is None:
+            return Fraction(1)
         registry = _registry()
         factor = (1 * registry.parse_units(self.expression)).to(other.expression)
         return Fraction(repr(float(factor.magnitude))).limit_denominator(10**12)

@@ -76,6 +76,8 @@ RIGHT = [
     (r"864 \mbox{ inches}^2", r"864\text{ square inches}"),
     (r"864 \mbox{ inches}^2", r"6\text{ ft}^2"),
     ("5 apples", "5"),
+    ("5 apples", "5 apple"),  # no units that pint knows
+    ("5 minutes", "5 Minutes"),  # pint knows the first only
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("4210_{5}", "4210"),
     (r"\infty", r"+\infty"),
@@ -161,6 +163,7 @@ NEAR_MISSES = [
     (r"12\text{ inches}", r"12\text{ feet}"),
     (r"10\text{ cm}^2", r"10\text{ cm}"),
     ("5 apples", "5 oranges"),
+    ("5 apples", "6 apple"),
     (r"\$5", "5 cents"),
     (r"90^\circ", r"90\text{ radians}"),
     (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}\text{ m}"),
