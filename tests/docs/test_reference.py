@@ -7,8 +7,12 @@ import re
 import click
 
 from helpers.command_line import SHARED, options_of, tables
-from helpers.paths import ROOT
+from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.cli.main import main
+from rpam_mergekit.evaluate import routing_report
+from rpam_mergekit.formats.operating_point import OperatingPoint, Routing
+from rpam_mergekit.formats.solved_layers import LayerReport
+from rpam_mergekit.merging.fit import layer_table
 from rpam_mergekit.settings import PRESETS, RpamSettings, settings_table
 
 
@@ -88,3 +92,18 @@ def test_the_glossary_names_files_that_there_are():
     assert [
         file for file in named if not (ROOT / "rpam_mergekit" / file).exists()
     ] == []
+
+
+def test_the_tutorial_shows_the_tables_as_they_are():
+    shown = [line.split() for line in page("tutorial.md").splitlines()]
+    report = LayerReport(0, 0.5, 0.25, 0.5, 0.5, True, 0.05)
+    assert layer_table([report]).splitlines()[0].split() in shown
+    assert " ".join(routing_report.table({})[0]).split() in shown
+    point = OperatingPoint(held_out=Routing({}, 0.95)).record()
+    assert routing_report.operating_point(point).split() in shown
+
+
+def test_the_tutorial_shows_the_quickstarts_config():
+    config = (QUICKSTART / "rpam.yml").read_text(encoding="utf-8")
+    lines = [line for line in config.splitlines() if not line.startswith("#")]
+    assert "\n".join(lines) in page("tutorial.md")

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import click
 
@@ -79,6 +77,5 @@ def _names(option: click.Option) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     for name, table in tables().items():
         print(f"## {name}\n\n{table}\n")
