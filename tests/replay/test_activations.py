@@ -32,7 +32,7 @@ LARGE = torch.arange(WORTH_MOVING // 4 + 4, dtype=torch.float32).reshape(2, -1)
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_what_is_kept_comes_back(tmp_path, place):
     store = TensorStore(place, "cpu", tmp_path / "activations")
-    one, two = store.keep(LARGE), store.keep(LARGE > 7)
+    one, two = store.store(LARGE), store.keep(LARGE > 7)
     assert torch.equal(one.get(), LARGE)
     assert torch.equal(two.get(), LARGE > 7)
     one.put(LARGE + 1)
@@ -42,7 +42,7 @@ def test_what_is_kept_comes_back(tmp_path, place):
 
 
 def test_on_disk_a_tensor_is_the_bytes_of_its_file(tmp_path):
-    kept = TensorStore("disk", "cpu", tmp_path).keep(LARGE)
+    kept = TensorStore("disk", "cpu", tmp_path).store(LARGE)
     kept.put(LARGE * 2)
     (file,) = tmp_path.iterdir()
     assert file.read_bytes() == (LARGE * 2).numpy().tobytes()
