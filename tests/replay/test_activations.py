@@ -32,7 +32,7 @@ LARGE = torch.arange(WORTH_MOVING // 4 + 4, dtype=torch.float32).reshape(2, -1)
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_what_is_kept_comes_back(tmp_path, place):
     store = TensorStore(place, "cpu", tmp_path / "activations")
-    one, two = store.store(LARGE), store.keep(LARGE > 7)
+    one, two = store.store(LARGE), store.store(LARGE > 7)
     assert torch.equal(one.get(), LARGE)
     assert torch.equal(two.get(), LARGE > 7)
     one.put(LARGE + 1)
