@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,18 +79,6 @@ class RpamMerge(GroupMergeMethod):
         ),
     )
 
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        """Refuse callers that plan no named tensors, such as mergekit-pytorch."""
-        if group_name is None:
-            raise RpamError(NO_PLANNER)
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Return the merged tensor, computed in float32 and rounded once."""
         assert group.base is not None  # the contract requires it
@@ -110,13 +98,20 @@ class RpamMerge(GroupMergeMethod):
 def _parts(
     group: TensorGroup, other: Hashable, parameters: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Return the parts of a tensor's coefficient for one of the other models."""
+    """Return the parts of a tensor's coefficient for one of the other models.
+
+    A `weight` needs no file: callers without a planner, such as mergekit-pytorch and
+    merges in memory, can give every other model one.
+    """
     weight = parameters["weight"][other]
     tensor = parameters["tensor"][other]
     if weight is not None:
         return {"scalar": torch.tensor(weight, dtype=torch.float32)}
     if tensor is None:
-        raise RpamError(f"{group.metadata.name}: no coefficient. {NO_PLANNER}")
+        raise RpamError(
+            f"{NO_PLANNER} Or give every other model a `weight`: "
+            f"{group.metadata.name or 'a tensor'} has none."
+        )
     pattern = parameters["pattern"][other]
     file = open_coefficients(parameters["coefficients"], parameters["reasoning"])
     return file.parts(entry_name(pattern, tensor, len(group.non_base)))
