@@ -22,50 +22,42 @@ HOOKS = {
 
 
 class _Finder:
-    """A meta path finder that runs one hook after each awaited module, once."""
+    """A meta path finder that runs a hook whenever an awaited module has run."""
 
     def __init__(self) -> None:
-        self.awaited = dict(HOOKS)
-        self.put_off: list = []  # (hook, module), until the plugin is imported
+        self.pending: list = []  # (hook, module), until the plugin is imported
+        self.warned = False
 
     def find_spec(self, name, path=None, target=None):
-        hook = self.awaited.pop(name, None)
-        if hook is None:
+        """Return what the finders behind this one find, with a loader that hooks."""
+        if name not in HOOKS:
             return None
-        from importlib.util import find_spec
+        finders = list(sys.meta_path)
+        while finders and finders.pop(0) is not self:
+            pass
+        for finder in finders:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, name, self)
+                return spec
+        return None
 
-        spec = find_spec(name)  # asks the other finders: this one no longer answers
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, hook, self)  # type: ignore[assignment]
-        return spec
-
-
-class _Loader:
-    """Delegates to the real loader, then calls the hook with the loaded module."""
-
-    def __init__(self, loader, hook: str, finder: _Finder) -> None:
-        self.loader, self.hook, self.finder = loader, hook, finder
-
-    def __getattr__(self, name):
-        return getattr(self.loader, name)
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        plugin = sys.modules.get("rpam_mergekit.merging.method")
-        if plugin is not None and not hasattr(plugin, self.hook):
-            # The plugin is being imported, and that imports mergekit.
-            self.finder.put_off.append((self.hook, module))
-            return
+    def has_run(self, name: str, module) -> None:
+        """Run the hook of a module, or put it off until the plugin is imported."""
+        hook = HOOKS[name]
+        self.pending.append((hook, module))
         try:
-            import rpam_mergekit.merging.method
+            import rpam_mergekit.merging.method as plugin
 
-            getattr(rpam_mergekit.merging.method, self.hook)(module)
+            # It lacks the hook while it is being imported, which imports mergekit.
+            if hasattr(plugin, hook):
+                self.catch_up(plugin)
         except Exception as error:
-            self.finder.awaited.clear()
+            if self.warned:
+                return
+            self.warned = True
             import warnings
 
             warnings.warn(
@@ -73,29 +65,129 @@ class _Loader:
                 f"not be loaded ({type(error).__name__}: {error}). Reinstall "
                 f"rpam-mergekit, or set {SWITCH}=0 to silence this.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def catch_up(self, plugin) -> None:
+        """Run the hooks that were put off."""
+        while self.pending:
+            hook, module = self.pending.pop(0)
+            before = dict(vars(module))
+            getattr(plugin, hook)(module)
+            _rebind(before, vars(module))
+
+
+class _Loader:
+    """Delegates to the real loader, then calls the hook with the loaded module.
+
+    It is seen by those who ask for a spec; a module that has run has the real one.
+    """
+
+    def __init__(self, loader, name: str, finder: _Finder) -> None:
+        self._loader, self._name, self._finder = loader, name, finder
+
+    # For isinstance, copies and pickles it is the real loader.
+    __class__ = property(lambda self: self._loader.__class__)  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol):
+        return self._loader.__reduce_ex__(protocol)
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        self.give_back(module)
+        self._loader.exec_module(module)
+        self._finder.has_run(self._name, module)
+
+    def give_back(self, module) -> None:
+        """Put the real loader where the import system has put this one."""
+        for owner, attribute in (
+            (module, "__loader__"),
+            (getattr(module, "__spec__", None), "loader"),
+        ):
+            if getattr(owner, attribute, None) is self:
+                setattr(owner, attribute, self._loader)
+
+    def get_code(self, name):
+        """Return the code, which calls the hook before `if __name__ == "__main__":`.
+
+        `python -m` and its like ask for it and run it as the module `__main__`.
+        """
+        code = self._loader.get_code(name)
+        try:
+            import ast
+
+            tree = ast.parse(self._loader.get_source(name))
+            guard = next(
+                number
+                for number, statement in enumerate(tree.body)
+                if isinstance(statement, ast.If) and "__main__" in ast.dump(statement)
+            )
+            call = f"main_has_run({name!r}, globals())"
+            call = f"__import__({__name__!r}, fromlist=['']).{call}"
+            tree.body[guard:guard] = ast.parse(call).body
+            return compile(tree, code.co_filename, "exec", dont_inherit=True)
+        except Exception:  # no source, or nothing that is for `__main__` alone
+            return code
+
+
+class _Namespace:
+    """What a module is to a hook, of the globals of a program."""
+
+
+def main_has_run(name, variables) -> None:
+    """Run the hook of an awaited module that is running as a program."""
+    module = _Namespace()
+    module.__dict__ = variables
+    loader = variables.get("__loader__")
+    if type(loader) is _Loader:
+        loader.give_back(module)
+    for finder in _armed():
+        finder.has_run(name, module)
 
 
 def catch_up(plugin) -> None:
     """Run the hooks that were put off while `plugin` was being imported."""
-    for finder in sys.meta_path:
-        put_off = getattr(finder, "put_off", [])
-        while type(finder).__name__ == _Finder.__name__ and put_off:
-            hook, module = put_off.pop(0)
-            getattr(plugin, hook)(module)
+    for finder in _armed():
+        finder.catch_up(plugin)
 
 
 def arm() -> None:
     """Install the hook, once; does nothing when switched off or armed already."""
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0" or _armed():
         return
-    if not any(
-        type(finder).__name__ == _Finder.__name__
-        and type(finder).__module__ == __name__
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    for name in HOOKS:  # those that were imported before
+        module = sys.modules.get(name)
+        spec = getattr(module, "__spec__", None)
+        if module is not None and not getattr(spec, "_initializing", False):
+            finder.has_run(name, module)
+
+
+def _armed() -> list:
+    return [
+        finder
         for finder in sys.meta_path
-    ):
-        sys.meta_path.insert(0, _Finder())
+        if type(finder).__name__ == _Finder.__name__
+        and type(finder).__module__ == __name__
+    ]
+
+
+def _rebind(before: dict, now: dict) -> None:
+    """Give what a hook has replaced to modules of mergekit that had imported it."""
+    replaced = {
+        id(old): now[name] for name, old in before.items() if now[name] is not old
+    }
+    for name, module in list(sys.modules.items()):
+        if replaced and name.startswith("mergekit.") and isinstance(module, type(sys)):
+            names = object.__getattribute__(module, "__dict__")  # loads no lazy module
+            for known_as, value in list(names.items()):
+                names[known_as] = replaced.get(id(value), value)
 
 
 arm()
