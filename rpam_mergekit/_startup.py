@@ -187,7 +187,8 @@ def _rebind(before: dict, now: dict) -> None:
         if replaced and name.startswith("mergekit.") and isinstance(module, type(sys)):
             names = object.__getattribute__(module, "__dict__")  # loads no lazy module
             for known_as, value in list(names.items()):
-                names[known_as] = replaced.get(id(value), value)
+                if id(value) in replaced:
+                    names[known_as] = replaced[id(value)]
 
 
 arm()

@@ -50,6 +50,7 @@ def load_config():
 if __name__ == "__main__":
     print(load_config(), run_merge(), type(__loader__).__name__)
 """,
+    "small-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1\n",
     "rpam_mergekit/__init__.py": "",
     "rpam_mergekit/merging/__init__.py": "",
     "rpam_mergekit/merging/method.py": """
@@ -291,8 +292,8 @@ def test_without_site_there_is_no_hook(small):
 def test_asking_does_not_change_what_python_knows_of_a_module(small):
     """Before the import and after it: loader, source, data, resources, copies."""
     code = """
-import copy, importlib.machinery, importlib.resources, importlib.util, inspect
-import pickle, pkgutil, sys
+import copy, importlib.machinery, importlib.metadata, importlib.resources
+import importlib.util, inspect, pickle, pkgutil, sys
 from pathlib import Path
 
 def facts(name, loader, spec):
@@ -328,10 +329,12 @@ text = importlib.resources.files(package).joinpath("notes.txt").read_text()
 assert text == "read as data"
 modules = pkgutil.walk_packages(mergekit.__path__, "mergekit.")
 print(*(module.name for module in modules))
+print(*(d.metadata["Name"] for d in importlib.metadata.distributions()))
 """
     printed = small.prints("-c", code)
     assert printed == small.prints("-c", code, **OFF)
     assert printed.split()[:2] == ["mergekit.merge", "mergekit.merge_methods"]
+    assert printed.split()[-1] == "small"
 
 
 def test_the_hook_holds_in_a_zip_and_without_source(small, tmp_path):
@@ -442,11 +445,13 @@ def test_mergekit_itself_is_hooked(way):
 @pytest.mark.parametrize("script", ["run_yaml", "multimerge"])
 def test_mergekit_run_as_a_module_checks_the_config(tmp_path, script):
     config = tmp_path / "config.yml"
-    config.write_text("{name: one, merge_method: rpam, paramters: {}, models: [{model: a}]}")
+    config.write_text(
+        "{name: one, merge_method: rpam, paramters: {}, models: [{model: a}]}"
+    )
     folder = tmp_path / "out"
     out = [str(folder)] if script == "run_yaml" else ["-I", str(folder)]
     process = with_mergekit("-m", f"mergekit.scripts.{script}", str(config), *out)
     assert process.returncode == 1
     assert "paramters: unknown key. Did you mean 'parameters'?" in process.stderr
     assert "Traceback" not in process.stderr
-    assert not folder.exists()
+    assert not list(folder.glob("*"))
