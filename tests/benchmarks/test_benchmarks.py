@@ -98,3 +98,12 @@ def test_the_profile_names_phases_and_operations():
     assert phases[0]["phase"] == "solving"
     assert shares[0] == max(shares[:-1])
     assert any("mm" in row["operation"] for row in operations)
+
+
+def test_startup_time_compares_starts_with_and_without_the_start_up_file():
+    process = benchmark("startup_time", "--pairs", "3")
+    (rows,) = tables(process)
+    assert [row["time"] for row in rows] == ["wall", "CPU"]
+    for row in rows:
+        assert number(row["with"]) > 0 < number(row["without"])
+        assert number(row["difference"]) < number(row["with"])
