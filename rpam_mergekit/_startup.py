@@ -87,7 +87,7 @@ class _Loader:
         self._loader, self._name, self._finder = loader, name, finder
 
     # For isinstance, copies and pickles it is the real loader.
-    __class__ = property(lambda self: self._loader.__class__)  # type: ignore[assignment]
+    __class__ = property(lambda self: self._loader.__class__)
 
     def __reduce_ex__(self, protocol):
         return self._loader.__reduce_ex__(protocol)
