@@ -5,12 +5,10 @@ environment. The public names below are imported from their modules when they ar
 for; `docs/python-api.md` describes them. Everything else may change without notice.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as of typing, which a start of Python need not import
 if TYPE_CHECKING:
+    from typing import Any
+
     from rpam_mergekit.api import check, export, fit, merge
     from rpam_mergekit.errors import RpamError
     from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
@@ -50,14 +48,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public name from its module, once."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     module = importlib.import_module(f"rpam_mergekit.{_PUBLIC[name]}")
     found = globals()[name] = getattr(module, name)
     return found
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":
     return sorted({*globals(), *_PUBLIC})

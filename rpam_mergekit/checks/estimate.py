@@ -23,7 +23,8 @@ FLOAT = 4  # bytes
 MEASURED = 0.3  # seconds, of either rate
 LARGEST = 2048  # rows and columns of the matrix product that is timed
 # Of the rate of one large matrix product, what a layer reaches. This and KEPT were
-# fitted to pairs as those of benchmarks/performance/prepass_memory.py, 256 to 1024 wide.
+# fitted to pairs as those of benchmarks/performance/prepass_memory.py, 256 to 1024
+# wide.
 EFFICIENCY = 0.75
 # Passes over a layer's weights per step besides its matrix products: the merged weight
 # and its gradient, of one other model; and over the coefficients, Adam's.

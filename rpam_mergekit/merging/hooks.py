@@ -12,6 +12,7 @@ imports this package.
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,7 @@ def _wrap(owner: Any, name: str, replacement: Any) -> None:
 
     wrapped.rpam_mergekit = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
+
+
+if "rpam_mergekit._startup" in sys.modules:
+    sys.modules["rpam_mergekit._startup"].catch_up()

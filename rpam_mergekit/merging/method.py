@@ -109,4 +109,4 @@ def register(_module: Any = None) -> None:
 
 
 if "rpam_mergekit._startup" in sys.modules:
-    sys.modules["rpam_mergekit._startup"].catch_up(sys.modules[__name__])
+    sys.modules["rpam_mergekit._startup"].catch_up()

@@ -109,3 +109,12 @@ def test_cli_start_measures_every_command():
     assert number(rows[0]["times the import of click"]) == 1
     assert all(number(row["times the import of click"]) > 0 for row in rows)
     assert re.search(r"largest median ratio [\d.]+, target 4", process.stdout)
+
+
+def test_startup_time_compares_starts_with_and_without_the_start_up_file():
+    process = benchmark("startup_time", "--pairs", "3")
+    (rows,) = tables(process)
+    assert [row["time"] for row in rows] == ["wall", "CPU"]
+    for row in rows:
+        assert number(row["with"]) > 0 < number(row["without"])
+        assert number(row["difference"]) < number(row["with"])
