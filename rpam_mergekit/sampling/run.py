@@ -1,6 +1,6 @@
 """Samples k responses per query from one model, grades them, appends them to a file.
 
-A backend (`server.py`, `generation.py`) yields queries with all their responses, in
+A backend (`server.py`, `local.py`) yields queries with all their responses, in
 any order; the loop here grades and writes them, so that a killed run loses only the
 queries that were under way. Every response has a seed of its own, made of the run's
 seed, the query's row and the response's number: a resumed run asks for the very
@@ -14,9 +14,10 @@ import asyncio
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
@@ -36,6 +37,7 @@ from rpam_mergekit.grading.workers import Grader, has_ended
 from rpam_mergekit.sampling.questions import Question
 
 _MOST_UNGRADED = 64  # queries
+T = TypeVar("T")
 
 
 class SamplingSettings(BaseModel):
@@ -198,6 +200,16 @@ async def run(
                 raise failure
 
 
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; where a loop runs (a notebook), in a thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 class Tasks:
     """Tasks that live no longer than this context; the first failure is raised.
 
@@ -205,17 +217,17 @@ class Tasks:
     """
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
-    def start(self, coroutine) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a task; raise the first failure of those before it."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         self.check()
 
-    def _ended(self, task: asyncio.Task) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() and self._failure is None:
             self._failure = task.exception()
