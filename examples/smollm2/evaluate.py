@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpam_mergekit.errors import refuse
 from rpam_mergekit.evaluate import comparison_report as compare_report
-from rpam_mergekit.evaluate.compare import Comparison, Model, compare
+from rpam_mergekit.evaluate.compare import Comparison, Model, compare_models
 from rpam_mergekit.formats.coefficients import merge
 from rpam_mergekit.models.adapters import (
     adapter_findings,
@@ -211,7 +211,7 @@ def main() -> None:
     long, short = experts(args.config, args.experts)
     bench = Bench(words.problems(args.queries, args.split, seed=0), args.cache)
     answered = ask_all(bench, long, short, args.merged, args.weights)
-    found = compare([bench.model(one) for one in answered], by="steps")
+    found = compare_models([bench.model(one) for one in answered], by="steps")
     parts = [
         [f"{args.split}, greedy", compare_report.text(found)],
         sweep_table(found),

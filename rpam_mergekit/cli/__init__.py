@@ -1,5 +1,6 @@
 """The command `mergekit-rpam`: options in, text out.
 
-`main` is the group, with the subcommands in modules of their own, imported when they
-are called. What they do is in the other sub-packages.
+`main` is the group, with the commands in modules of their own. Those import nothing
+heavy, so that help comes at once; what a command needs it imports when it runs. What
+the commands do is in the other sub-packages.
 """

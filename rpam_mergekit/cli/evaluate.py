@@ -7,10 +7,17 @@ from typing import Any
 
 import click
 
-from rpam_mergekit.cli.sampling import grader_options, interruptible, marker_options
+from rpam_mergekit.cli.options import (
+    grader_options,
+    interruptible,
+    marker_options,
+    say,
+)
+from rpam_mergekit.cli.sample import sampling_options
+from rpam_mergekit.extras import needs
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command("sweep", context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
     "--weights",
@@ -26,7 +33,7 @@ from rpam_mergekit.cli.sampling import grader_options, interruptible, marker_opt
 )
 @click.option("--keep", is_flag=True, help="Keep every merged model.")
 @click.argument("sampling", nargs=-1, type=click.UNPROCESSED)
-def sweep(
+def sweep_command(
     config: Path, weights: str, out: Path, keep: bool, sampling: tuple[str, ...]
 ) -> None:
     """Sample the plain interpolations of the two models of CONFIG.
@@ -40,11 +47,19 @@ def sweep(
       mergekit-rpam compare long.samples.jsonl short.samples.jsonl \\
         merged.samples.jsonl sweep/*.samples.jsonl --out report/
     """
-    from rpam_mergekit.cli.commands import sampled_as
-    from rpam_mergekit.evaluate.sweep import parse_weights, run_sweep
+    options = sampling_options(list(sampling))
+    from rpam_mergekit.evaluate.sweep import SweepRequest, parse_weights, sweep
 
-    named = parse_weights(weights)
-    interruptible(out, run_sweep, config, named, out, keep, list(sampling), sampled_as)
+    request = SweepRequest(
+        config=config,
+        weights=parse_weights(weights),
+        out=out,
+        sampling=options,
+        keep=keep,
+    )
+    with interruptible(out):
+        files = sweep(request, say)
+    click.echo(f"{len(files)} sample files in {out}")
 
 
 @click.command(
@@ -78,7 +93,7 @@ def sweep(
 )
 @marker_options
 @grader_options
-def compare_command(files: tuple[Path, ...], out: Path, **options: Any) -> None:
+def compare_command(out: Path, **options: Any) -> None:
     """Compare models by their sample files: LONG SHORT MERGED [SWEEP...].
 
     Accuracy, tokens, thinking and its closing, with intervals; the merged model
@@ -87,12 +102,20 @@ def compare_command(files: tuple[Path, ...], out: Path, **options: Any) -> None:
     alone is summed up, two are Long and Short. For several data sets give folders
     instead of files, with a sample file per data set in each.
     """
-    from rpam_mergekit.cli.commands import run_compare
+    from rpam_mergekit.evaluate import comparison_report
+    from rpam_mergekit.evaluate.compare_files import CompareRequest, compare
 
-    interruptible(None, run_compare, files, out, **options)
+    with interruptible():
+        with needs("plot"):
+            import matplotlib  # noqa: F401
+        comparison = compare(CompareRequest(**options))
+        click.echo(comparison_report.text(comparison))
+        comparison_report.write(out, comparison)
+    click.echo(f"written to {out}")
 
 
 @click.command(
+    "report",
     short_help="Show what a merge did: COEFFICIENTS is its coefficients file or output "
     "folder.",
 )
@@ -103,12 +126,19 @@ def compare_command(files: tuple[Path, ...], out: Path, **options: Any) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write report.txt, report.png and report.html to.",
 )
-def report(coefficients: Path, out: Path) -> None:
+def report_command(coefficients: Path, out: Path) -> None:
     """Show what a merge did: COEFFICIENTS is its coefficients file or output folder.
 
     Per layer the gap to the right expert before and after, the coefficients by module,
     and which layers moved. report.html opens from disk and needs no other file.
     """
-    from rpam_mergekit.cli.commands import run_report
+    from rpam_mergekit.evaluate import coefficient_report
+    from rpam_mergekit.evaluate.coefficient_figures import read_report
 
-    interruptible(None, run_report, coefficients, out)
+    with interruptible():
+        with needs("plot"):
+            import matplotlib  # noqa: F401
+        figures = read_report(coefficients)
+        click.echo(coefficient_report.text(figures))
+        coefficient_report.write(out, figures)
+    click.echo(f"written to {out}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from rpam_mergekit.cli.sampling import interruptible
+from rpam_mergekit.cli.options import interruptible
 from rpam_mergekit.errors import RpamError
 
 if TYPE_CHECKING:
@@ -47,7 +47,18 @@ if TYPE_CHECKING:
     metavar="LOCAL=NAME",
     help="Hub name of a model that the config names by a local folder; repeatable.",
 )
-def push_command(repository: str, upload: bool, **options: Any) -> None:
+def push_command(
+    out: Path,
+    repository: str,
+    upload: bool,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    without_weights: bool,
+    coefficients: str | None,
+    comparison: Path | None,
+    named: tuple[str, ...],
+) -> None:
     """Publish the merge in folder OUT as the Hub model REPO (owner/name).
 
     Shows every file that would go up and what would change in the model card; nothing
@@ -58,38 +69,40 @@ def push_command(repository: str, upload: bool, **options: Any) -> None:
       mergekit-rpam push out/ owner/name --comparison report/
       mergekit-rpam push out/ owner/name --comparison report/ --upload
     """
-    interruptible(Path(repository), _push, repository, upload, options)
+    with interruptible(Path(repository)):
+        from rpam_mergekit.merging.hooks import activate
+        from rpam_mergekit.outputs.publish import Request
+
+        activate()
+        request = Request(
+            out=out,
+            repository=_checked(repository),
+            revision=revision,
+            weights=not without_weights,
+            coefficients=coefficients,
+            comparison=comparison,
+            named=_named(named),
+        )
+        _push(request, upload, private, message)
 
 
-def _push(repository: str, upload: bool, o: dict[str, Any]) -> None:
+def _push(request: Request, upload: bool, private: bool, message: str | None) -> None:
     import tempfile  # not at the top: help comes at once
 
-    from rpam_mergekit.merging.hooks import activate
-    from rpam_mergekit.outputs import publish as push
-    from rpam_mergekit.outputs import repository as push_hub
+    from rpam_mergekit.outputs import publish, repository
 
-    activate()
-    request = push.Request(
-        out=o["out"],
-        repository=_checked(repository),
-        revision=o["revision"],
-        weights=not o["without_weights"],
-        coefficients=o["coefficients"],
-        comparison=o["comparison"],
-        named=_named(o["named"]),
-    )
     with tempfile.TemporaryDirectory() as scratch:
-        plan = push.make_plan(request, Path(scratch))
-        target = push_hub.look(request, plan, o["private"])
+        plan = publish.make_plan(request, Path(scratch))
+        target = repository.look(request, plan, private)
         click.echo("\n".join(_shown(request, plan, target)))
         if not upload:
             for objection in target.objections:
                 click.echo(f"--upload would be refused: {objection}")
             click.echo("nothing was sent; --upload does it")
             return
-        push_hub.refuse_objections(target)
-        message = o["message"] or f"Merge by rpam-mergekit: {len(plan.files)} files"
-        address = push_hub.upload(request, plan, o["private"], message)
+        repository.refuse_objections(target)
+        message = message or f"Merge by rpam-mergekit: {len(plan.files)} files"
+        address = repository.upload(request, plan, private, message)
         click.echo(f"published: {address}")
 
 

@@ -107,7 +107,7 @@ class Comparison:
     router: list[Point]
 
 
-def compare(
+def compare_models(
     models: Sequence[Model], *, by: str | None = None, draws: int = DRAWS, seed: int = 0
 ) -> Comparison:
     """Compare `models` on the queries they share.
@@ -212,10 +212,12 @@ class Table:
                 long = [n for n, m in enumerate(self.models) if m.role == "long"]
                 if not long:
                     return np.full_like(tokens, np.nan)
-                return 1 - tokens / tokens[:, long]
+                saved: np.ndarray = 1 - tokens / tokens[:, long]
+                return saved
             if metric == "closed":
                 closed = self.means("closed", dataset)
-                return closed / self.means("thinking", dataset)
+                share: np.ndarray = closed / self.means("thinking", dataset)
+                return share
             return self.means(metric, dataset)
 
     def rows(self, dataset: str) -> dict[str, dict[str, Estimate]]:

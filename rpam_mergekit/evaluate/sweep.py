@@ -14,19 +14,35 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-import click
 import yaml
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.samples import SampleReader, flat
+from rpam_mergekit.sampling.request import Location, SamplingOptions, Say, log
+from rpam_mergekit.sampling.sample import questions_of
 from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
 
 MOST_WEIGHTS = 1001
+# Options of sampling that change the responses, besides the data set.
+SAMPLED_BY = (
+    "samples",
+    "limit",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "dtype",
+    "think_open",
+    "think_close",
+    "opened_by_prompt",
+)
 
 
 def parse_weights(text: str) -> list[Decimal]:
@@ -80,43 +96,65 @@ def interpolation(config: dict[str, Any], weight: Decimal) -> dict[str, Any]:
     }
 
 
-def run_sweep(
-    config: Path,
-    weights: Sequence[Decimal],
-    out: Path,
-    keep: bool,
-    sample: list[str],
-    sampled_as: Callable[[list[str]], dict[str, Any]],
-) -> None:
-    """Merge and sample every weight into `out`; `sample` are options of `sample`.
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """Merge and sample the plain interpolations of the two models of a config.
 
-    sampled_as: returns what tells samples by these options from others', and refuses
-    options that cannot be.
+    config: one of `rpam`. weights: shares of the model that is not the base. out:
+    folder for the sample files. sampling: of every model. keep: keep the models.
+    """
+
+    config: Location
+    weights: Sequence[Decimal]
+    out: Location
+    sampling: SamplingOptions
+    keep: bool = False
+
+
+def sweep(request: SweepRequest, say: Say = log) -> list[Path]:
+    """Merge and sample every weight; return the sample files.
+
+    Raises `RpamError` for configs and data sets that cannot be, before anything is
+    merged, and where a merge or its sampling fails.
     """
     from rpam_mergekit.checks.config_file import read_config  # imports mergekit
 
-    recipe = dict(read_config(config).content)
-    recipes = {weight: interpolation(recipe, weight) for weight in weights}
+    out, sampling = Path(request.out), request.sampling
+    if sampling.base_url:
+        raise RpamError("--base-url: cannot be given to a sweep's sampling.")
+    recipe = dict(read_config(request.config).content)
+    recipes = {weight: interpolation(recipe, weight) for weight in request.weights}
     thinking = thinking_settings(recipe)
-    identity = {**_models(recipe), **sampled_as(sample)}
+    identity = {**_models(recipe), **_sampled_as(sampling)}
     if thinking != parse_settings({}):
         identity["thinking"] = thinking.model_dump(include={*BEFORE_THINKING})
     out.mkdir(parents=True, exist_ok=True)
     _claim(out / "sweep.json", identity)
+    finished: list[Path] = []
     for number, (weight, one) in enumerate(recipes.items(), 1):
         name = f"w{weight.normalize():f}"
         samples = out / f"{name}.samples.jsonl"
-        click.echo(f"weight {weight} ({number} of {len(recipes)})", err=True)
+        say(f"weight {weight} ({number} of {len(recipes)})")
+        finished.append(samples)
         if samples.exists() and _is_finished(samples):
-            click.echo(f"{samples} is finished", err=True)
+            say(f"{samples} is finished")
             continue
         model = out / name
         if not model.exists():
             _merge(one, model, out / "adapters", thinking)
-        _run([*_command("sample"), str(model), "--out", str(samples), *sample])
-        if not keep:
+        command = [*_command("sample"), str(model), "--out", str(samples)]
+        _run([*command, *sampling.arguments()])
+        if not request.keep:
             shutil.rmtree(model)
-    click.echo(f"{len(recipes)} sample files in {out}")
+    return finished
+
+
+def _sampled_as(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return what tells this sweep's samples from others'."""
+    return {
+        "sampling": {name: getattr(sampling, name) for name in SAMPLED_BY},
+        "dataset": questions_of(sampling).description,
+    }
 
 
 def _models(recipe: dict[str, Any]) -> dict[str, Any]:

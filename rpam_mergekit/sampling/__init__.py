@@ -1,6 +1,7 @@
 """From a data set to graded responses of the experts, and to labels.
 
-`questions` reads a data set, `run` asks a model (`local` or on a `server`) and grades,
+`request` says what is asked for. `sample` samples a model: `questions` reads a data
+set, `run` asks the model (`local` or on a `server`) and grades. `label_files` labels:
 `read_samples` reads the responses again, and `labels` chooses which pattern each query
-teaches. Begin with `run`.
+teaches. Begin with `sample`.
 """

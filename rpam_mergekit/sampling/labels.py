@@ -190,13 +190,14 @@ class Labels:
     notes: list[str] = field(default_factory=list)
     thoughtless: int = 0  # `long` queries of which no right response thinks
     responses: bool = True  # whether they are written
+    guard: LeakGuard = field(default_factory=LeakGuard)  # what it kept out
 
     def of(self, pattern: str, chosen: bool = True) -> list[Labelled]:
         rows = self.chosen if chosen else self.labelled
         return [row for row in rows if row.pattern == pattern]
 
 
-def label(
+def label_queries(
     long: Iterable[Candidate],
     short: Iterable[Candidate],
     guard: LeakGuard,
@@ -212,7 +213,7 @@ def label(
     many of either, at random with `seed`. Without `responses`, for a merge that aligns
     prompts only, it does not matter whether they think.
     """
-    labels = Labels(responses=responses)
+    labels = Labels(responses=responses, guard=guard)
     ours = _candidates(long, "Long", labels)
     theirs = _candidates(short, "Short", labels)
     missing = len(theirs.keys() - ours.keys())
@@ -240,6 +241,15 @@ def label(
         labels.labelled.append(Labelled(query, pattern, a, b))
     if missing:
         labels.dropped["only one file has them"] = missing
+    _choose(labels, per_pattern, balance, seed)
+    if labels.thoughtless:
+        reason = "are 'long', but no right response of Long thinks"
+        labels.dropped[reason] = labels.thoughtless
+    _add_notes(labels, other_prompts, lost)
+    return labels
+
+
+def _add_notes(labels: Labels, other_prompts: int, lost: int) -> None:
     if other_prompts:
         labels.notes.append(
             f"{other_prompts} queries were put to the models in different words: "
@@ -247,17 +257,12 @@ def label(
         )
     if lost:
         labels.notes.append(f"{lost} lost grades count as not correct")
-    _choose(labels, per_pattern, balance, seed)
-    if labels.thoughtless:
-        reason = "are 'long', but no right response of Long thinks"
-        labels.dropped[reason] = labels.thoughtless
     bare = sum(row.best is None for row in labels.chosen)
-    if bare and responses:
+    if bare and labels.responses:
         labels.notes.append(
             f"{bare} queries have no response: no correct one closes its thinking "
             "properly"
         )
-    return labels
 
 
 def _candidates(

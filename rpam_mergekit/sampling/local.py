@@ -106,7 +106,7 @@ class _Stop(StoppingCriteria):
 
 
 class TransformersBackend:
-    """The backend of a model in this process; see `sampling.Backend`.
+    """The backend of a model in this process; see `run.Backend`.
 
     Raises `RpamError` if the model cannot be loaded.
     """

@@ -44,6 +44,7 @@ from rpam_mergekit.sampling.questions import (
     read_conversation,
     read_gold,
 )
+from rpam_mergekit.sampling.request import GradingOptions
 from rpam_mergekit.sampling.rows import UnusableRow, read_lines
 from rpam_mergekit.sampling.run import Generated, graded
 from rpam_mergekit.sampling.turns import markers_of, thinking_header
@@ -52,17 +53,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Intake:
+class GradedSamples:
     """Sampled queries of any format, graded where they are not; all whole turns.
 
-    options: of the command, see `cli.py`; with `regrade` our own files are graded
-    anew. header: that of our files. finished: known once all queries have been read.
+    With `regrade` our own files are graded anew. header: that of our files.
+    finished: known once all queries have been read.
     markers, opening: how the model of this file thinks, and how its prompts begin it:
     what the header says, else what options and responses tell.
     """
 
     def __init__(
-        self, path: Path, options: dict[str, Any], regrade: bool = False
+        self, path: Path, options: GradingOptions, regrade: bool = False
     ) -> None:
         self.path = path
         self.options = options
@@ -98,7 +99,7 @@ class Intake:
             return opening
         said = known.get("opened_by_prompt")  # of a file without openings
         if said is None:
-            said = self.options["opened_by_prompt"]
+            said = self.options.opened_by_prompt
             if said and not self._closes_unopened("opening" in known):
                 said = None
         if said is None:
@@ -134,11 +135,23 @@ class Intake:
                         yield await self._regraded(query, grader)
                 self.finished = self._ours.finished
                 return
-            tokenizer = tokenizer_of(self.options["tokenizer"])
+            tokenizer = tokenizer_of(self.options.tokenizer)
             rows = [row for row in self._rows if row.index not in skip]
             for row in tqdm(rows, desc=self.path.name, unit="query"):
                 yield await self._graded(row, grader, tokenizer)
         self.finished = True
+
+    def refuse_unfinished(self, queries: int, partial: bool) -> None:
+        """Raise `RpamError` if the run has not finished, unless `partial` allows it.
+
+        To be asked when the `queries` there are have been read.
+        """
+        if not self.finished and not partial:
+            raise RpamError(
+                f"{self.path}: the run that writes it has not finished ({queries} "
+                "queries so far). Run its command again to finish it, or give "
+                "--partial to take what is there."
+            )
 
     def _whole(self, query: SampledQuery) -> SampledQuery:
         """Return a query of ours with whole turns; states and grades stay."""
@@ -212,8 +225,8 @@ class Intake:
         return SampledQuery(responses=responses, **common)
 
 
-def grader_of(options: dict[str, Any]) -> Grader:
-    return Grader(options["graders"], options["grading_time_limit"])
+def grader_of(options: GradingOptions) -> Grader:
+    return Grader(options.graders, options.grading_time_limit)
 
 
 def tokenizer_of(name: str | None) -> PreTrainedTokenizerBase | None:

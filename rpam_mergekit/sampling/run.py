@@ -1,6 +1,6 @@
 """Samples k responses per query from one model, grades them, appends them to a file.
 
-A backend (`server.py`, `generation.py`) yields queries with all their responses, in
+A backend (`server.py`, `local.py`) yields queries with all their responses, in
 any order; the loop here grades and writes them, so that a killed run loses only the
 queries that were under way. Every response has a seed of its own, made of the run's
 seed, the query's row and the response's number: a resumed run asks for the very
@@ -15,8 +15,9 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
@@ -36,6 +37,7 @@ from rpam_mergekit.grading.workers import Grader, has_ended
 from rpam_mergekit.sampling.questions import Question
 
 _MOST_UNGRADED = 64  # queries
+T = TypeVar("T")
 
 
 class SamplingSettings(BaseModel):
@@ -196,6 +198,16 @@ async def run(
             await tasks.join()
             if failure is not None:
                 raise failure
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; where a loop runs (a notebook), in a thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 class Tasks:

@@ -75,7 +75,7 @@ class _Unusable(Exception):
 
 
 class ServerBackend:
-    """The backend of OpenAI-compatible servers; see `sampling.Backend`."""
+    """The backend of OpenAI-compatible servers; see `run.Backend`."""
 
     def __init__(
         self,

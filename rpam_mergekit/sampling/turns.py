@@ -17,6 +17,7 @@ from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.brackets import KNOWN, markers_in, opening_of, usual_opening
 from rpam_mergekit.grading.responses import Markers
 from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.sampling.request import ThinkingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,11 +89,11 @@ def turns_here(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-    o: dict[str, Any],
+    options: ThinkingOptions,
 ) -> Turns:
     """Return the turns of a model in this process, of which `tokenizer` tells all."""
-    found = _told(tokenizer, messages, o, {})
-    said = o["opened_by_prompt"]
+    found = _told(tokenizer, messages, options, {})
+    said = options.opened_by_prompt
     if said is None or said == bool(found.opening):
         return found
     opens = f"opens it, with {found.opening!r}" if found.opening else "does not open it"
@@ -107,7 +108,7 @@ def turns_served(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
     messages: Sequence[Mapping[str, str]],
-    o: dict[str, Any],
+    options: ThinkingOptions,
     extra_body: Mapping[str, Any],
 ) -> Turns:
     """Return the turns of a model that a server generates from.
@@ -115,18 +116,18 @@ def turns_served(
     `names` are those that the server and the user have for it; `tokenizer` is that of
     --tokenizer, if there is one.
     """
-    said = o["opened_by_prompt"]
+    said = options.opened_by_prompt
     reasons: list[str] = []
     if tokenizer is None:
         tokenizer = _looked_up(names, reasons)
     found = None
     if tokenizer is not None:
         try:
-            found = _told(tokenizer, messages, o, extra_body)
+            found = _told(tokenizer, messages, options, extra_body)
         except Exception as error:  # whatever a template raises, also on no system turn
             reasons.append(f"it refuses the queries: {first_line(error)}")
     if found is None:
-        return _not_told(names[0], reasons, o)
+        return _not_told(names[0], reasons, options)
     if said is None or said == bool(found.opening):
         return found
     note = (
@@ -137,23 +138,25 @@ def turns_served(
     return replace(found, opening=opening, notes=(*found.notes, note))
 
 
-def continued(turns: Turns, header: Mapping[str, Any], o: Mapping[str, Any]) -> Turns:
+def continued(
+    turns: Turns, header: Mapping[str, Any], options: ThinkingOptions
+) -> Turns:
     """Return the turns of a run that goes on with the file of this header.
 
     What could not be asked, then or now, is as the file has it.
     """
     known = header.get("thinking", {})
-    if "opening" not in known or o["opened_by_prompt"] is not None:
+    if "opening" not in known or options.opened_by_prompt is not None:
         return turns
     if turns.opening is not None and known["opening"] is not None:
         return turns
     kept = Markers(known["open"], known["close"])
-    named = [o["think_open"] or kept.open, o["think_close"] or kept.close]
+    named = [options.think_open or kept.open, options.think_close or kept.close]
     return Turns(Markers(*named), known["opening"], turns.ends)
 
 
 def markers_of(
-    options: Mapping[str, Any], known: Mapping[str, Any] | None = None
+    options: ThinkingOptions, known: Mapping[str, Any] | None = None
 ) -> Markers:
     """Return the markers that the options name, else those of a header, else ours.
 
@@ -161,11 +164,13 @@ def markers_of(
     """
     known = dict(known or {})
     pairs = {markers.open: markers.close for markers in KNOWN}
-    if options["think_open"] in pairs:
-        known["close"] = pairs[options["think_open"]]
+    if options.think_open in pairs:
+        known["close"] = pairs[options.think_open]
     chosen = []
-    for name, usual in (("open", Markers.open), ("close", Markers.close)):
-        value = options[f"think_{name}"]
+    for name, value, usual in (
+        ("open", options.think_open, Markers.open),
+        ("close", options.think_close, Markers.close),
+    ):
         if value is None:
             value = known.get(name, usual)
         if not value:
@@ -177,7 +182,7 @@ def markers_of(
 def _told(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-    o: Mapping[str, Any],
+    options: ThinkingOptions,
     extra_body: Mapping[str, Any],
 ) -> Turns:
     """Return what a tokenizer and its chat template say.
@@ -190,7 +195,7 @@ def _told(
     if "chat_template" in extra_body:
         rendering["chat_template"] = extra_body["chat_template"]
     prompt = prompt_text(messages, tokenizer, **rendering)
-    markers = markers_of(o, _recognised(tokenizer, prompt))
+    markers = markers_of(options, _recognised(tokenizer, prompt))
     ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
     return Turns(markers, opening_of(prompt, markers), ends)
 
@@ -236,9 +241,9 @@ def _hub_is_away() -> bool:
     return unreachable()
 
 
-def _not_told(name: str, reasons: Sequence[str], o: Mapping[str, Any]) -> Turns:
+def _not_told(name: str, reasons: Sequence[str], options: ThinkingOptions) -> Turns:
     """Return what the options alone say, with a note on what is not known."""
-    markers, said = markers_of(o), o["opened_by_prompt"]
+    markers, said = markers_of(options), options.opened_by_prompt
     why = f"the chat template of {name} cannot be asked ({'; '.join(reasons)})"
     if said is not None:
         opening = usual_opening(markers) if said else ""

@@ -15,7 +15,12 @@ from helpers.models import save_adapter
 from helpers.paths import QUICKSTART, ROOT
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate import comparison_report as compare_report
-from rpam_mergekit.evaluate.compare import Model, QueryFigures, by_weight, compare
+from rpam_mergekit.evaluate.compare import (
+    Model,
+    QueryFigures,
+    by_weight,
+    compare_models,
+)
 from rpam_mergekit.evaluate.sweep import interpolation, parse_weights
 from rpam_mergekit.evaluate.yardsticks import at_tokens, upper_hull
 from rpam_mergekit.formats.samples import Response, SampledQuery, SampleWriter
@@ -45,7 +50,7 @@ def test_figures_of_two_queries_by_hand():
     """Of two queries, one right: a draw holds 0, 1 or 2 right ones (1/4, 1/2, 1/4)."""
     long = model("long", [figures(1, 30, "closed"), figures(1, 10, "wrong")])
     merged = model("merged", [figures(1, 5), figures(0, 25, "closed", "length")])
-    rows = compare([long, merged]).rows["d"]
+    rows = compare_models([long, merged]).rows["d"]
     accuracy = rows["merged"]["accuracy"]
     assert (accuracy.value, accuracy.low, accuracy.high) == (0.5, 0.0, 1.0)
     tokens = rows["merged"]["tokens"]
@@ -60,7 +65,7 @@ def test_figures_of_two_queries_by_hand():
 def test_an_interval_is_that_of_the_mean():
     """64 of 100 right: 0.64 -+ 1.96 * sqrt(0.64 * 0.36 / 100) = 0.546 to 0.734."""
     merged = model("merged", [figures(n < 64) for n in range(100)])
-    accuracy = compare([merged], draws=4000).rows["d"]["merged"]["accuracy"]
+    accuracy = compare_models([merged], draws=4000).rows["d"]["merged"]["accuracy"]
     assert accuracy.value == 0.64
     assert math.isclose(accuracy.low, 0.546, abs_tol=0.015)
     assert math.isclose(accuracy.high, 0.734, abs_tol=0.015)
@@ -68,7 +73,9 @@ def test_an_interval_is_that_of_the_mean():
 
 def test_differences_are_paired():
     rows = [figures(n % 3 == 0, 10 + n) for n in range(60)]
-    found = compare([model("long", rows), model("short", rows), model("merged", rows)])
+    found = compare_models(
+        [model("long", rows), model("short", rows), model("merged", rows)]
+    )
     level, difference = found.against["long"]
     assert level.high - level.low > 0.15
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
@@ -76,20 +83,20 @@ def test_differences_are_paired():
 
 def test_the_same_seed_gives_the_same_intervals():
     merged = model("merged", [figures(n % 2, n * n) for n in range(30)])
-    a, b, c = (compare([merged], seed=seed).rows for seed in (0, 0, 1))
+    a, b, c = (compare_models([merged], seed=seed).rows for seed in (0, 0, 1))
     assert a == b
     assert a != c
 
 
 def test_responses_count_within_their_query():
     merged = model("merged", [figures([1, 1, 0, 0]), figures([1])])
-    assert compare([merged]).rows["d"]["merged"]["accuracy"].value == 0.75
+    assert compare_models([merged]).rows["d"]["merged"]["accuracy"].value == 0.75
 
 
 def test_data_sets_count_the_same():
     merged = model("merged", [figures(1, 10)] * 9, "easy")
     merged.queries |= model("merged", [figures(0, 30)], "hard").queries
-    found = compare([merged])
+    found = compare_models([merged])
     assert list(found.rows) == ["easy", "hard", "all"]
     assert found.rows["all"]["merged"]["accuracy"].value == 0.5
     assert found.rows["all"]["merged"]["tokens"].value == 20
@@ -99,18 +106,18 @@ def test_data_sets_count_the_same():
 def test_only_common_queries_count():
     long = model("long", [figures(1), figures(1), figures(0)])
     merged = model("merged", [figures(1), figures(0)])
-    found = compare([long, merged])
+    found = compare_models([long, merged])
     assert found.queries == {"d": 2}
     assert found.dropped == 1
     assert found.rows["d"]["long"]["accuracy"].value == 1
     with pytest.raises(RpamError, match="share no query"):
-        compare([long, model("merged", [figures(1)], "other")])
+        compare_models([long, model("merged", [figures(1)], "other")])
 
 
 def test_unknown_tokens_stay_unknown():
     long = model("long", [figures(1, None), figures(1, 7)])
     merged = model("merged", [figures(1, 5), figures(1, 5)])
-    rows = compare([long, merged]).rows["d"]
+    rows = compare_models([long, merged]).rows["d"]
     assert rows["long"]["tokens"].value is None
     assert rows["merged"]["saved"].value is None
     assert rows["merged"]["tokens"].value == 5
@@ -143,24 +150,24 @@ def experts():
 
 
 def test_the_router_buys_what_is_cheapest_first():
-    found = compare([*experts()])
+    found = compare_models([*experts()])
     assert found.router == [(0, 0.25), (5, 0.5), (15, 0.75), (25, 1.0)]
 
 
 def test_a_router_by_a_field_knows_only_that():
-    found = compare([*experts()], by="level")
+    found = compare_models([*experts()], by="level")
     assert found.router == [(0, 0.25), (10, 0.5), (30, 1.0)]
     assert list(found.strata) == ["20", "40"]
     assert found.strata["20"]["short"] == (0.5, 0.0, 0.0)
     with pytest.raises(RpamError, match="no query has a field 'lvel'"):
-        compare([*experts()], by="lvel")
+        compare_models([*experts()], by="lvel")
 
 
 def test_the_merged_model_is_measured_at_its_own_tokens():
     long, short = experts()
     merged = model("merged", [figures(c, 15) for c in (1, 1, 0, 1)])
     half = model("sweep", [figures(c, 10) for c in (1, 0, 0, 0)], name="w0.5")
-    found = compare([long, short, merged, half])
+    found = compare_models([long, short, merged, half])
     assert found.curve == [(30, 1.0), (10, 0.25), (0, 0.25)]
     level, difference = found.against["sweep"]  # a quarter of the way from 10 to 30
     assert level.value == 0.25 + 0.75 / 4
@@ -180,7 +187,7 @@ def test_a_sweep_is_in_the_order_of_its_weights():
 
 
 def test_groups_by_longs_tokens():
-    found = compare([model("long", [figures(1, t) for t in range(1, 101)])])
+    found = compare_models([model("long", [figures(1, t) for t in range(1, 101)])])
     assert list(found.strata) == ["1 to 26", "26 to 50", "50 to 75", "75 to 100"]
 
 
@@ -405,5 +412,5 @@ def test_a_sweep_with_wrong_options_merges_nothing(tmp_path):
 
 
 def test_the_text_marks_what_is_not_defined():
-    found = compare([model("merged", [figures(1, None)])])
+    found = compare_models([model("merged", [figures(1, None)])])
     assert "  -" in compare_report.text(found)

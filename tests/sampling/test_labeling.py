@@ -12,7 +12,7 @@ from rpam_mergekit.evaluate import label_report
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.samples import Response, SampledQuery
 from rpam_mergekit.grading.responses import Markers
-from rpam_mergekit.sampling.labels import Candidate, Summary, label, pattern_of
+from rpam_mergekit.sampling.labels import Candidate, Summary, label_queries, pattern_of
 from rpam_mergekit.sampling.labels import write_calibration as write
 from rpam_mergekit.sampling.leaks import LeakGuard
 
@@ -110,14 +110,14 @@ def test_a_long_query_keeps_a_response_that_thinks():
     thought = response("<think>3*3=9</think>9", 9, True, thinking="closed")
     longer = response("<think>3+3+3=9</think>9", 11, True, thinking="closed")
     long, short = pairs((2, 0), (2, 2))
-    labels = label([lucky(0, longer, thought), long[1]], short, LeakGuard())
+    labels = label_queries([lucky(0, longer, thought), long[1]], short, LeakGuard())
     assert labels.chosen[0].record()["response"] == thought.text
     assert labels.dropped == {}
 
 
 def test_a_long_query_of_which_nothing_right_thinks_is_left_out_and_counted(tmp_path):
     long, short = pairs((2, 0), (2, 2), (2, 0))
-    labels = label([lucky(0, WRONG), *long[1:]], short, LeakGuard())
+    labels = label_queries([lucky(0, WRONG), *long[1:]], short, LeakGuard())
     assert [(r.query.index, r.pattern) for r in labels.chosen] == [
         (1, "short"),
         (2, "long"),
@@ -126,7 +126,7 @@ def test_a_long_query_of_which_nothing_right_thinks_is_left_out_and_counted(tmp_
     assert "1  are 'long', but no right response of Long thinks" in table
     # A thought that is not properly closed is no response, but it is a thought.
     unclosed = response("<think>3*3=9 \\boxed{9}", 9, True, thinking="open")
-    labels = label([lucky(0, unclosed), *long[1:]], short, LeakGuard())
+    labels = label_queries([lucky(0, unclosed), *long[1:]], short, LeakGuard())
     assert "response" not in labels.chosen[0].record()
     assert any("1 queries have no response" in note for note in labels.notes)
 
@@ -136,11 +136,11 @@ def test_responses_without_any_thinking_are_refused_with_what_to_do(tmp_path):
     stripped = [candidate(0, RIGHT, RIGHT), candidate(1, RIGHT, RIGHT)]
     path = tmp_path / "c.jsonl"
     with pytest.raises(RpamError, match="none of Long's right responses") as error:
-        write(path, label(stripped, short, LeakGuard()))
+        write(path, label_queries(stripped, short, LeakGuard()))
     for advice in ("think_end_token", "--think-open", "--prompts-only"):
         assert advice in str(error.value)
     assert not list(tmp_path.iterdir())
-    write(path, label(stripped, short, LeakGuard(), responses=False))
+    write(path, label_queries(stripped, short, LeakGuard(), responses=False))
     queries = read_calibration(path).queries
     assert [(q.pattern, q.response) for q in queries] == [
         ("long", None),
@@ -151,7 +151,7 @@ def test_responses_without_any_thinking_are_refused_with_what_to_do(tmp_path):
 def test_an_answer_in_an_opened_block_is_kept_without_the_block():
     long, _ = pairs((2, 2), (2, 0))
     said = response("<think>\n9", 2, True, thinking="answered")
-    labels = label(long[:1], [candidate(0, said, said)], LeakGuard())
+    labels = label_queries(long[:1], [candidate(0, said, said)], LeakGuard())
     assert labels.chosen[0].record()["response"] == "9"
 
 
@@ -176,7 +176,7 @@ def test_without_token_counts_the_fewest_characters_count():
 
 def test_labels_are_in_the_order_of_the_data_set():
     long, short = pairs((2, 0), (2, 2), (0, 0), (1, 0), (0, 1))
-    labels = label(long[::-1], short, LeakGuard())
+    labels = label_queries(long[::-1], short, LeakGuard())
     assert [(r.query.index, r.pattern) for r in labels.chosen] == [
         (0, "long"),
         (1, "short"),
@@ -188,7 +188,7 @@ def test_labels_are_in_the_order_of_the_data_set():
 
 def test_what_only_one_file_has_is_left_out_and_counted():
     long, short = pairs((2, 0), (2, 2), (2, 0))
-    labels = label(long[:2], short[1:], LeakGuard())
+    labels = label_queries(long[:2], short[1:], LeakGuard())
     assert [r.query.index for r in labels.chosen] == [1]
     assert labels.dropped == {"only one file has them": 2}
 
@@ -196,7 +196,7 @@ def test_what_only_one_file_has_is_left_out_and_counted():
 def test_repeated_questions_count_once():
     long, short = pairs((2, 0), (2, 2))
     twin = candidate(5, WRONG, WRONG, question="question 0")
-    labels = label([twin, *long], short, LeakGuard())
+    labels = label_queries([twin, *long], short, LeakGuard())
     assert labels.labelled[0].pattern == "long"
     assert labels.dropped == {"repeat a question in Long's file": 1}
 
@@ -204,7 +204,7 @@ def test_repeated_questions_count_once():
 def test_leaks_are_left_out_and_named():
     guard = LeakGuard()
     guard.add("math500", ["Question 1?"])
-    labels = label(*pairs((2, 0), (2, 2), (2, 2)), guard)
+    labels = label_queries(*pairs((2, 0), (2, 2), (2, 2)), guard)
     assert [r.query.index for r in labels.chosen] == [0, 2]
     assert labels.dropped == {"stand in the evaluation set math500": 1}
     assert "leak guard: 1 queries stand in math500 (1)" in label_report.table(
@@ -214,15 +214,16 @@ def test_leaks_are_left_out_and_named():
 
 def test_sizes_and_balance():
     long, short = pairs(*[(2, 0)] * 10, *[(2, 2)] * 4)
-    every = label(long, short, LeakGuard())
+    every = label_queries(long, short, LeakGuard())
     assert [len(every.of(p)) for p in ("long", "short")] == [10, 4]
-    balanced = label(long, short, LeakGuard(), balance=True)
+    balanced = label_queries(long, short, LeakGuard(), balance=True)
     assert [len(balanced.of(p)) for p in ("long", "short")] == [4, 4]
     assert balanced.dropped == {"more 'long' than asked for": 6}
-    three = label(long, short, LeakGuard(), per_pattern=3)
+    three = label_queries(long, short, LeakGuard(), per_pattern=3)
     assert [len(three.of(p)) for p in ("long", "short")] == [3, 3]
     again, other = (
-        label(long, short, LeakGuard(), balance=True, seed=s).chosen for s in (0, 1)
+        label_queries(long, short, LeakGuard(), balance=True, seed=s).chosen
+        for s in (0, 1)
     )
     assert again == balanced.chosen != other
 
@@ -232,7 +233,7 @@ def test_other_words_and_lost_grades_are_noted():
     lost = candidate(2, RIGHT, response("?", 1, None))
     asked = {"role": "user", "content": "question 2, please"}
     other = dataclasses.replace(candidate(2, RIGHT, WRONG), messages=(asked,))
-    labels = label([*long, lost], [*short, other], LeakGuard())
+    labels = label_queries([*long, lost], [*short, other], LeakGuard())
     assert any(
         "1 queries were put to the models in different" in n for n in labels.notes
     )
@@ -242,7 +243,7 @@ def test_other_words_and_lost_grades_are_noted():
 
 def test_the_calibration_file_is_one_the_merge_reads(tmp_path):
     path = tmp_path / "c.jsonl"
-    write(path, label(*pairs((2, 1), (2, 2)), LeakGuard()))
+    write(path, label_queries(*pairs((2, 1), (2, 2)), LeakGuard()))
     queries = read_calibration(path).queries
     assert [q.pattern for q in queries] == ["long", "short"]
     assert [q.response for q in queries] == ["<think>t</think>r", "r"]
@@ -267,7 +268,7 @@ def test_conversations_stay_conversations(tmp_path):
         for side in pairs((2, 0), (2, 2))
     )
     path = tmp_path / "c.jsonl"
-    write(path, label(long, short, LeakGuard()))
+    write(path, label_queries(long, short, LeakGuard()))
     assert read_calibration(path).queries[0].conversation == list(turns)
 
 
@@ -281,13 +282,13 @@ def test_conversations_stay_conversations(tmp_path):
 def test_a_set_of_one_pattern_is_not_written(tmp_path, rows, pattern, advice):
     path = tmp_path / "c.jsonl"
     with pytest.raises(RpamError, match=f"no query is labelled '{pattern}'") as error:
-        write(path, label(*pairs(*rows), LeakGuard()))
+        write(path, label_queries(*pairs(*rows), LeakGuard()))
     assert advice in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_table_shows_patterns_accuracies_and_tokens():
-    labels = label(*pairs((2, 0), (1, 0), (2, 2), (0, 0)), LeakGuard())
+    labels = label_queries(*pairs((2, 0), (1, 0), (2, 2), (0, 0)), LeakGuard())
     table = label_report.table(labels, LeakGuard())
     rows = [line.split() for line in table.splitlines()]
     assert ["long", "2", "75.0%", "0.0%", "4.8", "4.0"] in rows
@@ -296,7 +297,7 @@ def test_the_table_shows_patterns_accuracies_and_tokens():
 
 
 def test_shares_by_a_field():
-    labels = label(*pairs((2, 0), (2, 2), (2, 2), (2, 2)), LeakGuard())
+    labels = label_queries(*pairs((2, 0), (2, 2), (2, 2), (2, 2)), LeakGuard())
     rows = [
         line.split() for line in label_report.table_by(labels, "level").splitlines()
     ]
@@ -310,5 +311,7 @@ def test_shares_by_a_field():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    label_report.plot(tmp_path / "p.png", label(*pairs((2, 0), (2, 2)), LeakGuard()))
+    label_report.plot(
+        tmp_path / "p.png", label_queries(*pairs((2, 0), (2, 2)), LeakGuard())
+    )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -467,12 +467,14 @@ def read(path: str) -> list:
     """Return the responses of a file as `label` and `compare` have them."""
     import asyncio
 
-    from rpam_mergekit.sampling.read_samples import Intake
-
-    options = {"opened_by_prompt": None, "think_open": None, "think_close": None}
+    from rpam_mergekit.sampling.read_samples import GradedSamples
+    from rpam_mergekit.sampling.request import GradingOptions
 
     async def collect():
-        return [query async for query in Intake(Path(path), options).queries()]
+        return [
+            query
+            async for query in GradedSamples(Path(path), GradingOptions()).queries()
+        ]
 
     return [
         response for query in asyncio.run(collect()) for response in query.responses

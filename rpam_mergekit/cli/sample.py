@@ -1,83 +1,32 @@
-"""The commands `sample`, `grade` and `label`, and the options that others share."""
+"""The commands `sample`, `grade` and `label`."""
 
 from __future__ import annotations
 
-import glob
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from rpam_mergekit.cli.options import (
+    PATH,
+    grader_options,
+    interruptible,
+    marker_options,
+    say,
+)
 from rpam_mergekit.errors import RpamError
-
-PATH = click.Path(dir_okay=False, path_type=Path)
-
-
-def interruptible(resumable: Path | None, function, *arguments, **options) -> None:
-    """Run what a command does; an interruption says how to go on, without a trace."""
-    import asyncio  # not at the top: help needs it not
-
-    try:
-        result = function(*arguments, **options)
-        if asyncio.iscoroutine(result):
-            asyncio.run(result)
-    except KeyboardInterrupt:
-        then = "."
-        if resumable is not None:
-            then = (
-                f": {resumable} keeps what was finished. Run the same command to go on."
-            )
-        click.echo(f"\nrpam: stopped{then}", err=True)
-        raise SystemExit(130) from None
+from rpam_mergekit.extras import needs
+from rpam_mergekit.sampling.request import (
+    DTYPES,
+    GradeRequest,
+    LabelRequest,
+    SampleRequest,
+    SamplingOptions,
+)
 
 
-def marker_options(function):
-    for option in (
-        click.option(
-            "--opened-by-prompt/--not-opened-by-prompt",
-            "opened_by_prompt",
-            default=None,
-            help="Whether the chat template already opens the thinking (as those of "
-            "DeepSeek-R1 and Qwen3-Thinking-2507 do), where that cannot be found out: "
-            "of a served model whose tokenizer is not at hand, and of files that do "
-            "not say it.",
-        ),
-        click.option(
-            "--think-close",
-            help="Marker that closes the thinking. [default: as it is opened]",
-        ),
-        click.option(
-            "--think-open",
-            help="Marker that opens the thinking. [default: the chat template's or the "
-            "file's, else <think>]",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def grader_options(function):
-    for option in (
-        click.option(
-            "--grading-time-limit",
-            type=click.FloatRange(min=0.1),
-            default=10.0,
-            show_default=True,
-            help="Seconds after which a grade is given up.",
-        ),
-        click.option(
-            "--graders",
-            type=click.IntRange(min=1),
-            help="Processes that grade. [default: half the cores]",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-@click.command()
+@click.command("sample")
 @click.argument("model")
 @click.option(
     "--dataset",
@@ -91,7 +40,7 @@ def grader_options(function):
     "-k",
     "--samples",
     type=click.IntRange(min=1),
-    default=12,
+    default=SampleRequest.samples,
     show_default=True,
     help="Responses per query.",
 )
@@ -110,23 +59,28 @@ def grader_options(function):
     "[default: the preset's]",
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=SampleRequest.temperature,
+    show_default=True,
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.95,
+    default=SampleRequest.top_p,
     show_default=True,
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="[default: off]")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    default=16384,
+    default=SampleRequest.max_tokens,
     show_default=True,
     help="Longest response; one that is cut off counts as not answered.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=SampleRequest.seed, show_default=True
+)
 @click.option(
     "--base-url",
     multiple=True,
@@ -137,21 +91,21 @@ def grader_options(function):
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
-    default=64,
+    default=SampleRequest.concurrency,
     show_default=True,
     help="Requests under way at once, over all servers.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
-    default=1800.0,
+    default=SampleRequest.timeout,
     show_default=True,
     help="Seconds after which a request is given up and repeated.",
 )
 @click.option(
     "--retries",
     type=click.IntRange(min=0),
-    default=12,
+    default=SampleRequest.retries,
     show_default=True,
     help="How often a request is repeated, with growing pauses, before the run stops.",
 )
@@ -172,22 +126,22 @@ def grader_options(function):
 )
 @click.option(
     "--device",
-    default="auto",
+    default=SampleRequest.device,
     show_default=True,
     help="In this process: cpu, cuda, cuda:1, mps, auto, or auto-map to spread a model "
     "over all GPUs.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
+    type=click.Choice(DTYPES),
+    default=SampleRequest.dtype,
     show_default=True,
     help="In this process: computation and weights; auto is the checkpoint's.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    default=32,
+    default=SampleRequest.batch_size,
     show_default=True,
     help="In this process: responses generated at once.",
 )
@@ -195,7 +149,7 @@ def grader_options(function):
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
 @marker_options
 @grader_options
-def sample(model: str, dataset: str, out: Path, **options: Any) -> None:
+def sample_command(**options: Any) -> None:
     """Sample K graded responses per query of a data set from MODEL.
 
     MODEL is the name under which a server (--base-url) serves it, else a folder or a
@@ -208,17 +162,13 @@ def sample(model: str, dataset: str, out: Path, **options: Any) -> None:
       mergekit-rpam sample Qwen/Qwen3-4B-Thinking-2507 --dataset gsm8k \\
         --base-url http://localhost:8000/v1 --out long.samples.jsonl
     """
-    from rpam_mergekit.cli.commands import run_sample
+    request = SampleRequest(**read_options(options))
+    from rpam_mergekit.sampling.sample import sample
 
-    _check_backend_options(bool(options["base_url"]))
-    extra = options.pop("extra_body")
-    try:
-        extra_body = json.loads(extra) if extra else {}
-    except json.JSONDecodeError as error:
-        raise RpamError(f"--extra-body: not JSON: {error}") from None
-    if not isinstance(extra_body, dict):
-        raise RpamError(f"--extra-body: found {extra}, expected a JSON object.")
-    interruptible(out, run_sample, model, dataset, out, extra_body, **options)
+    with interruptible(request.out):
+        tally = sample(request, say)
+    click.echo("\n".join(tally.lines()))
+    click.echo(f"written to {request.out}")
 
 
 SERVER_OPTIONS = (
@@ -232,8 +182,13 @@ SERVER_OPTIONS = (
 PROCESS_OPTIONS = ("device", "dtype", "batch_size", "revision", "trust_remote_code")
 
 
-def _check_backend_options(server: bool) -> None:
-    """Refuse options that do nothing with the backend that was chosen."""
+def read_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `sample` as fields of its request.
+
+    Raises `RpamError` for what is no JSON object, and for options that do nothing with
+    the backend that was chosen. Of the command whose context is the current one.
+    """
+    server = bool(options["base_url"])
     context = click.get_current_context()
     idle = PROCESS_OPTIONS if server else SERVER_OPTIONS
     given = [
@@ -244,9 +199,39 @@ def _check_backend_options(server: bool) -> None:
     if given:
         where = "in this process, without --base-url" if server else "with --base-url"
         raise RpamError(f"{', '.join(given)}: works only {where}.")
+    return {**options, "extra_body": _object(options["extra_body"])}
 
 
-@click.command()
+def _object(text: str | None) -> dict[str, Any]:
+    import json
+
+    try:
+        found = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise RpamError(f"--extra-body: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RpamError(f"--extra-body: found {text}, expected a JSON object.")
+    return found
+
+
+def sampling_options(arguments: list[str]) -> SamplingOptions:
+    """Return what options of `sample` say of a model that is not named yet.
+
+    Raises click's usage errors, and `RpamError` for --out.
+    """
+    if "--out" in [argument.split("=")[0] for argument in arguments]:
+        raise RpamError("--out: cannot be given to a sweep's sampling.")
+    words = ["MODEL", "--out", "OUT", *arguments]
+    with sample_command.make_context("sample", words) as context:
+        if context.params["base_url"]:
+            raise RpamError("--base-url: cannot be given to a sweep's sampling.")
+        fields = read_options(context.params)
+    return SamplingOptions(
+        **{k: v for k, v in fields.items() if k not in ("model", "out")}
+    )
+
+
+@click.command("grade")
 @click.argument("source", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Sample file to write (JSONL).")
 @click.option(
@@ -254,21 +239,27 @@ def _check_backend_options(server: bool) -> None:
 )
 @marker_options
 @grader_options
-def grade(source: Path, out: Path, **options: Any) -> None:
+def grade_command(**options: Any) -> None:
     """Grade the responses of SOURCE anew, into a sample file.
 
     SOURCE is a sample file, one of lm-eval (--log_samples), or the minimal format: a
     JSONL with 'question', 'answer' and 'responses' (texts).
     """
-    from rpam_mergekit.cli.commands import run_grade
+    from rpam_mergekit.sampling.sample import grade
 
-    interruptible(out, run_grade, source, out, **options)
+    request = GradeRequest(**options)
+    with interruptible(request.out):
+        tally = grade(request, say)
+    click.echo("\n".join(tally.lines()))
+    click.echo(f"written to {request.out}")
 
 
 class _SeveralExcludes(click.Command):
     """Lets `--exclude` take every value up to the next option, as a shell's * gives."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        import glob
+
         expanded: list[str] = []
         taking = False
         for arg in args:
@@ -283,6 +274,7 @@ class _SeveralExcludes(click.Command):
 
 
 @click.command(
+    "label",
     cls=_SeveralExcludes,
     short_help="Label queries with the pattern that suits them, from two sample files.",
 )
@@ -301,7 +293,9 @@ class _SeveralExcludes(click.Command):
     "--per-pattern", type=click.IntRange(min=1), help="At most so many of a pattern."
 )
 @click.option("--balance", is_flag=True, help="As many queries of either pattern.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=LabelRequest.seed, show_default=True
+)
 @click.option(
     "--prompts-only",
     is_flag=True,
@@ -320,7 +314,7 @@ class _SeveralExcludes(click.Command):
 )
 @marker_options
 @grader_options
-def label(long: Path, short: Path, out: Path, **options: Any) -> None:
+def label_command(by: str | None, plot: Path | None, **options: Any) -> None:
     """Label queries with the pattern that suits them, from two sample files.
 
     A query is labelled 'long' where the Long-CoT model is right more often by over
@@ -331,6 +325,28 @@ def label(long: Path, short: Path, out: Path, **options: Any) -> None:
     LONG and SHORT are sample files of the two models on the same queries; those of
     lm-eval and the minimal format of 'grade' do too.
     """
-    from rpam_mergekit.cli.commands import run_label
+    with interruptible():
+        _label(LabelRequest(**options), by, plot)
 
-    interruptible(None, run_label, long, short, out, **options)
+
+def _label(request: LabelRequest, by: str | None, plot: Path | None) -> None:
+    from rpam_mergekit.evaluate import label_report
+    from rpam_mergekit.formats.samples import check_folder
+    from rpam_mergekit.sampling.label_files import labels_of
+    from rpam_mergekit.sampling.labels import write_calibration
+
+    out = Path(request.out)
+    check_folder(out)
+    if plot:
+        check_folder(plot)
+        with needs("plot"):
+            import matplotlib  # noqa: F401
+    labels = labels_of(request, say)
+    click.echo(label_report.table(labels, labels.guard))
+    if by:
+        click.echo(label_report.table_by(labels, by))
+    write_calibration(out, labels)
+    click.echo(f"{len(labels.chosen)} queries written to {out}")
+    if plot:
+        label_report.plot(plot, labels)
+        click.echo(f"picture: {plot}")
