@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
     from rpam_mergekit.api import check, export, fit, merge
     from rpam_mergekit.errors import RpamError
+    from rpam_mergekit.evaluate.compare_files import CompareRequest, compare
     from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
     from rpam_mergekit.formats.coefficients import CoefficientsFile
     from rpam_mergekit.formats.samples import SampleReader
     from rpam_mergekit.outputs.folder import read_record
+    from rpam_mergekit.sampling.label_files import label
+    from rpam_mergekit.sampling.request import GradeRequest, LabelRequest, SampleRequest
+    from rpam_mergekit.sampling.sample import grade, sample
     from rpam_mergekit.settings import RpamSettings
 
 __version__ = "0.1.0"
@@ -22,29 +26,45 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CalibrationSet": "formats.calibration",
     "CoefficientsFile": "formats.coefficients",
+    "CompareRequest": "evaluate.compare_files",
+    "GradeRequest": "sampling.request",
+    "LabelRequest": "sampling.request",
     "RpamError": "errors",
     "RpamSettings": "settings",
     "SampleReader": "formats.samples",
+    "SampleRequest": "sampling.request",
     "check": "api",
+    "compare": "evaluate.compare_files",
     "export": "api",
     "fit": "api",
+    "grade": "sampling.sample",
+    "label": "sampling.label_files",
     "merge": "api",
     "read_calibration": "formats.calibration",
     "read_record": "outputs.folder",
+    "sample": "sampling.sample",
 }
 
 __all__ = [
     "CalibrationSet",
     "CoefficientsFile",
+    "CompareRequest",
+    "GradeRequest",
+    "LabelRequest",
     "RpamError",
     "RpamSettings",
     "SampleReader",
+    "SampleRequest",
     "check",
+    "compare",
     "export",
     "fit",
+    "grade",
+    "label",
     "merge",
     "read_calibration",
     "read_record",
+    "sample",
 ]
 
 

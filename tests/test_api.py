@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import chains
 import pytest
 import torch
 import yaml
@@ -56,16 +58,28 @@ def test_an_import_of_the_package_brings_nothing_heavy():
     assert process.stdout.strip() == "[]"
 
 
-def test_the_examples_of_the_page_run(pair, tmp_path):
-    """One after the other in one Python, in a folder with the pair they name."""
+def test_the_examples_of_the_page_run(tmp_path):
+    """One after the other in one Python, in a folder with the quickstart's pair."""
+    quickstart = ROOT / "examples" / "quickstart"
     for name in ("long", "short"):
-        shutil.copytree(pair / name, tmp_path / name)
-    shutil.copy(pair / "calibration.jsonl", tmp_path)
+        shutil.copytree(quickstart / name, tmp_path / name)
+    rows = [
+        {
+            "question": query,
+            "answer": chains.answer(query),
+            "operations": chains.operations(query),
+        }
+        for query in chains.queries(64, "train", 1, mix=(1,) * 8)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "questions.jsonl").write_text(lines, encoding="utf-8")
     blocks = BLOCK.findall(PAGE)
-    assert len(blocks) > 3
-    (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
+    assert len(blocks) > 5
+    code = "\n".join(blocks).replace('"steps": 40', '"steps": 4')
+    (tmp_path / "page.py").write_text(code, encoding="utf-8")
     process = run(["python", "page.py"], tmp_path)
     assert process.returncode == 0, process.stderr
+    assert "queries are labelled" in process.stdout
     assert "calibraton: unknown" in process.stdout
     assert (tmp_path / "merged" / "rpam.json").exists()
 
