@@ -9,6 +9,7 @@ A problem belongs to one split by a hash of its text, so that the splits never o
 ``test`` (the figures that are reported).
 
     python words.py questions.jsonl      # for `mergekit-rpam sample --dataset`
+    python words.py calibration.jsonl --calibration --queries 900
 """
 
 import argparse
@@ -127,18 +128,38 @@ def record(problem: Problem) -> dict[str, str | int]:
     }
 
 
+def calibration_query(problem: Problem) -> dict[str, str]:
+    """Return a labelled query: what takes one step is for Short, the rest for Long.
+
+    With the response that the expert was trained to give.
+    """
+    long = problem.difficulty > 1
+    return {
+        "prompt": problem.question,
+        "pattern": "long" if long else "short",
+        "response": long_response(problem) if long else short_response(problem),
+        "answer": problem.answer,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="JSONL to write")
+    parser.add_argument(
+        "--calibration", action="store_true", help="write labelled queries, shuffled"
+    )
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     found = problems(args.queries, args.split, args.seed)
-    rows = "".join(json.dumps(record(problem)) + "\n" for problem in found)
-    args.out.write_text(rows, encoding="utf-8")
+    rows = [(calibration_query if args.calibration else record)(one) for one in found]
+    if args.calibration:
+        random.Random(0).shuffle(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    args.out.write_text(lines, encoding="utf-8")
     print(f"{len(found)} queries written to {args.out}")
 
 
