@@ -111,8 +111,8 @@ def real_responses(path: Path) -> list[tuple]:
 
 def swapped_golds(path: Path) -> list[tuple]:
     """Return every gold of MATH-500 with the next one's answer: algebra, mostly."""
-    from rpam_mergekit.sampling.questions import load_questions
-    from rpam_mergekit.sampling.rows import Dataset
+    from rpam_mergekit.questions.load import load_questions
+    from rpam_mergekit.questions.rows import Dataset
 
     loaded = load_questions(Dataset(str(path), preset="math500"))
     golds = [question.gold for question in loaded.questions]

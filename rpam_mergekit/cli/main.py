@@ -13,11 +13,10 @@ import click
 from rpam_mergekit import __version__
 from rpam_mergekit.cli.check import check_command
 from rpam_mergekit.cli.evaluate import compare_command, report_command, sweep_command
-from rpam_mergekit.cli.export import export_command
 from rpam_mergekit.cli.fit import fit_command
 from rpam_mergekit.cli.merge import merge_command
-from rpam_mergekit.cli.push import push_command
 from rpam_mergekit.cli.sample import grade_command, label_command, sample_command
+from rpam_mergekit.cli.share import export_command, push_command
 from rpam_mergekit.refusal import shown_by_click
 
 # In the order of their use, as the help lists them.

@@ -11,8 +11,8 @@ from typing import Any
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.extras import needs
 from rpam_mergekit.formats.calibration import PATTERNS
+from rpam_mergekit.questions.leaks import LeakGuard
 from rpam_mergekit.sampling.labels import Labels
-from rpam_mergekit.sampling.leaks import LeakGuard
 from rpam_mergekit.text import aligned
 
 SCATTER = 0.012  # in the picture, so that equal accuracies do not hide each other

@@ -1,7 +1,7 @@
 """From a data set to graded responses of the experts, and to labels.
 
-`request` says what is asked for. `sample` samples a model: `questions` reads a data
-set, `run` asks the model (`local` or on a `server`) and grades. `label_files` labels:
-`read_samples` reads the responses again, and `labels` chooses which pattern each query
+`request` says what is asked for. `sample` samples a model: `run` asks it (`local` or on
+a `server`) and grades. `label_files` labels: `read_samples` reads the responses again
+(`other_formats` those of other programs), and `labels` chooses which pattern each query
 teaches. Begin with `sample`.
 """

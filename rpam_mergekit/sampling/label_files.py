@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rpam_mergekit.formats.samples import check_folder
-from rpam_mergekit.sampling.benchmarks import PRESETS
+from rpam_mergekit.questions.benchmarks import PRESETS
+from rpam_mergekit.questions.leaks import read_guard
 from rpam_mergekit.sampling.labels import (
     Candidate,
     Labels,
     label_queries,
     write_calibration,
 )
-from rpam_mergekit.sampling.leaks import read_guard
 from rpam_mergekit.sampling.read_samples import GradedSamples
 from rpam_mergekit.sampling.request import LabelRequest, Say, log
 from rpam_mergekit.sampling.run import run_coroutine

@@ -34,7 +34,7 @@ from rpam_mergekit.grading.responses import (
     Markers,
     thought_of,
 )
-from rpam_mergekit.sampling.leaks import LeakGuard
+from rpam_mergekit.questions.leaks import LeakGuard
 
 USUAL = Markers()
 PROPER = (NONE, CLOSED, ANSWERED)

@@ -40,7 +40,7 @@ from transformers import (
 from rpam_mergekit.chat.rendering import prompt_ids
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.responses import Markers
-from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.questions.load import Question
 from rpam_mergekit.sampling.run import Generated, SamplingSettings
 
 

@@ -34,7 +34,7 @@ from rpam_mergekit.grading.responses import (
     Markers,
 )
 from rpam_mergekit.grading.workers import Grader, has_ended
-from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.questions.load import Question
 
 _MOST_UNGRADED = 64  # queries
 T = TypeVar("T")

@@ -21,7 +21,8 @@ from rpam_mergekit.formats.samples import (
     check_folder,
     is_sample_file,
 )
-from rpam_mergekit.sampling.questions import Question, QuestionSet, load_questions
+from rpam_mergekit.questions.load import Question, QuestionSet, load_questions
+from rpam_mergekit.questions.rows import Dataset
 from rpam_mergekit.sampling.read_samples import GradedSamples, grader_of, tokenizer_of
 from rpam_mergekit.sampling.request import (
     GradeRequest,
@@ -30,7 +31,6 @@ from rpam_mergekit.sampling.request import (
     Say,
     log,
 )
-from rpam_mergekit.sampling.rows import Dataset
 from rpam_mergekit.sampling.run import (
     Backend,
     SamplingSettings,

@@ -27,7 +27,7 @@ from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.extras import needs
 from rpam_mergekit.grading.brackets import usual_opening
 from rpam_mergekit.grading.responses import Markers, without_end
-from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.questions.load import Question
 from rpam_mergekit.sampling.run import Generated, SamplingSettings, Tasks
 from rpam_mergekit.sampling.turns import Turns
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.brackets import KNOWN, markers_in, opening_of, usual_opening
 from rpam_mergekit.grading.responses import Markers
-from rpam_mergekit.sampling.questions import Question
+from rpam_mergekit.questions.load import Question
 from rpam_mergekit.sampling.request import ThinkingOptions
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def test_a_command_that_a_page_shows_parses(page, line, tmp_path, monkeypatch):
 
 
 def test_the_presets_that_the_docs_list_are_those_there_are():
-    from rpam_mergekit.sampling.benchmarks import PRESETS
+    from rpam_mergekit.questions.benchmarks import PRESETS
 
     page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\S+/\S+)", page, re.MULTILINE))

@@ -9,9 +9,9 @@ import pytest
 from helpers.paths import ROOT
 from rpam_mergekit.grading.answers import Gold, is_correct, quick_verdict
 from rpam_mergekit.grading.responses import Markers, final_answers, thinking
-from rpam_mergekit.sampling.benchmarks import PRESETS
-from rpam_mergekit.sampling.questions import load_questions
-from rpam_mergekit.sampling.rows import Dataset
+from rpam_mergekit.questions.benchmarks import PRESETS
+from rpam_mergekit.questions.load import load_questions
+from rpam_mergekit.questions.rows import Dataset
 
 DATA = ROOT.parent / "shared" / "data"
 BENCHMARKS = {

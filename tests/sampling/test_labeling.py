@@ -12,9 +12,9 @@ from rpam_mergekit.evaluate import label_report
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.samples import Response, SampledQuery
 from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.questions.leaks import LeakGuard
 from rpam_mergekit.sampling.labels import Candidate, Summary, label_queries, pattern_of
 from rpam_mergekit.sampling.labels import write_calibration as write
-from rpam_mergekit.sampling.leaks import LeakGuard
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.paths import ROOT
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.sampling.leaks import LeakGuard, normalized, read_guard
+from rpam_mergekit.questions.leaks import LeakGuard, normalized, read_guard
 
 DATA = ROOT.parent / "shared" / "data"
 LONG = (

@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rpam_mergekit.errors import RpamError, refuse, suggestion
 from rpam_mergekit.grading.answers import LETTERS, Gold
-from rpam_mergekit.sampling.benchmarks import PRESETS, Preset
-from rpam_mergekit.sampling.rows import (
+from rpam_mergekit.questions.benchmarks import PRESETS, Preset
+from rpam_mergekit.questions.rows import (
     MOST_FINDINGS,
     Dataset,
     UnusableRow,
@@ -104,14 +104,7 @@ def load_questions(
                 source={"dataset": name, "row": index, **source},
             )
         )
-    notes: tuple[str, ...] = ()
-    if problems and preset and questions:
-        notes = (f"{len(problems)} rows were left out; the first: {problems[0]}",)
-    else:
-        if len(problems) > MOST_FINDINGS:
-            more = len(problems) - MOST_FINDINGS
-            problems = [*problems[:MOST_FINDINGS], f"{more} more problems."]
-        refuse(problems)
+    notes = _left_out(problems, preset is not None and bool(questions))
     if not questions:
         raise RpamError(f"--dataset: {dataset.name} holds no queries.")
     digest = hashlib.sha256()
@@ -131,6 +124,20 @@ def load_questions(
         "digest": digest.hexdigest(),
     }
     return QuestionSet(tuple(questions), description, notes)
+
+
+def _left_out(problems: list[str], tolerated: bool) -> tuple[str, ...]:
+    """Return a note on rows that are left out; refuse them unless they are `tolerated`.
+
+    Benchmarks have rows that are no questions; a file of the user's should have none.
+    """
+    if problems and tolerated:
+        return (f"{len(problems)} rows were left out; the first: {problems[0]}",)
+    if len(problems) > MOST_FINDINGS:
+        more = len(problems) - MOST_FINDINGS
+        problems = [*problems[:MOST_FINDINGS], f"{more} more problems."]
+    refuse(problems)
+    return ()
 
 
 def _preset_of(dataset: Dataset) -> Preset | None:

@@ -16,7 +16,7 @@ from rpam_mergekit.grading.answers import LETTERS, Gold
 from rpam_mergekit.grading.latex import split_list
 from rpam_mergekit.grading.responses import boxed
 from rpam_mergekit.grading.units import Unit
-from rpam_mergekit.sampling.rows import UnusableRow, gold_text
+from rpam_mergekit.questions.rows import UnusableRow, gold_text
 
 MATH = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE = (

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.sampling.benchmarks import PRESETS
-from rpam_mergekit.sampling.questions import QUESTION_COLUMNS, load_questions
-from rpam_mergekit.sampling.rows import Dataset, read_lines
+from rpam_mergekit.questions.benchmarks import PRESETS
+from rpam_mergekit.questions.load import QUESTION_COLUMNS, load_questions
+from rpam_mergekit.questions.rows import Dataset, read_lines
 
 _ANCHOR = 60
 _NOISE = re.compile(

@@ -9,9 +9,9 @@ import pytest
 
 from helpers.commands import run
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.sampling.benchmarks import CHOICE, MATH, PRESETS
-from rpam_mergekit.sampling.questions import load_questions
-from rpam_mergekit.sampling.rows import Dataset, UnusableRow
+from rpam_mergekit.questions.benchmarks import CHOICE, MATH, PRESETS
+from rpam_mergekit.questions.load import load_questions
+from rpam_mergekit.questions.rows import Dataset, UnusableRow
 
 
 def write(path, *rows):

@@ -13,7 +13,7 @@ from rpam_mergekit.extras import needs
 from rpam_mergekit.grading.responses import boxed
 
 if TYPE_CHECKING:
-    from rpam_mergekit.sampling.benchmarks import Preset
+    from rpam_mergekit.questions.benchmarks import Preset
 
 MOST_FINDINGS = 20
 
