@@ -184,7 +184,8 @@ def test_an_opening_term_makes_opening_likelier_where_it_is_asked_for(many):
 
 def test_decoder_logits_are_those_of_single_tokens_of_any_queries(many):
     prepass = build(many)
-    decoder, weights = prepass.decoder, prepass.experts.outside(0)
+    decoder, experts = prepass.decoder, prepass.experts
+    weights = experts.load(0, experts.outside)
     prepass._recorder(prepass.batches).streams(prepass._outside())
     hidden = torch.randn(7, decoder.model.config.hidden_size)
     every = decoder.logits(weights, hidden)
