@@ -6,10 +6,10 @@ QUICKSTART := examples/quickstart
 SMOLLM2 := examples/smollm2
 STUDY := benchmarks/studies/two_patterns
 
-.PHONY: help quickstart smollm2 test lint evidence clean
+.PHONY: help quickstart smollm2 test test-quick lint evidence clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/installed: pyproject.toml constraints.txt startup/rpam_mergekit.pth
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ smollm2: $(VENV)/installed  ## Fetch SmolLM2, merge and evaluate the pair in exa
 
 test: $(VENV)/installed  ## Run the tests
 	$(BIN)/python -m pytest -n 2
+
+test-quick: $(VENV)/installed  ## Run the tests that take under two minutes together
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(VENV)/installed  ## Check style, types, imports and spelling
 	$(BIN)/ruff format --check .

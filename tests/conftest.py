@@ -26,6 +26,36 @@ from helpers.models import (  # noqa: E402
 )
 
 
+# Files that merge whole models, start processes or serve, by their time: `-m "not slow"`.
+SLOW = (
+    "benchmarks/",
+    "integration/",
+    "chat/test_thinking.py",
+    "cli/test_configs.py",
+    "cli/test_start.py",
+    "docs/test_examples.py",
+    "docs/test_quickstart.py",
+    "evaluate/test_compare.py",
+    "formats/test_hub.py",
+    "models/test_references.py",
+    "outputs/test_export.py",
+    "outputs/test_push.py",
+    "prepass/test_massive_activations.py",
+    "routing/test_probes.py",
+    "sampling/test_requests.py",
+    "sampling/test_turns.py",
+    "test_api.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tiny tensors are slower on several threads."""

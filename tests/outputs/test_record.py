@@ -26,7 +26,7 @@ from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.outputs.folder import RECORD
-from rpam_mergekit.outputs.record import further
+from rpam_mergekit.outputs.record import output_settings
 from rpam_mergekit.settings import parse_settings
 
 RECIPE = "rpam_recipe.yml"
@@ -148,7 +148,7 @@ def test_what_the_config_sets_by_hand_is_recorded(pair, tmp_path):
     assert record["weight"] == [own, [whole[0], {"filter": None, "value": 0.125}]]
     assert record["chat_template"] == TEMPLATE
     config["tokenizer"] = {"source": str(pair / "long"), "pad_to_multiple_of": 8}
-    found = further(MergeConfiguration.model_validate(config))
+    found = output_settings(MergeConfiguration.model_validate(config))
     assert found.pop("tokenizer") == {"pad_to_multiple_of": 8}
     assert found == {name: record[name] for name in found}
 
