@@ -25,8 +25,7 @@ from helpers.models import (  # noqa: E402
     write_calibration,
 )
 
-
-# Files that merge whole models, start processes or serve, by their time: `-m "not slow"`.
+# Files that merge whole models, start processes or serve: `-m "not slow"`.
 SLOW = (
     "benchmarks/",
     "integration/",
