@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from machine import describe, table
+from _machine import describe, table
 
 from rpam_mergekit.cli.main import main as mergekit_rpam
 

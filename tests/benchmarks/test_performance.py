@@ -103,7 +103,7 @@ def test_the_profile_names_phases_and_operations():
 def test_cli_start_measures_every_command():
     from rpam_mergekit.cli.main import main
 
-    process = benchmark("cli_start", "--quick")
+    process = benchmark("performance/cli_start", "--quick")
     (rows,) = tables(process)
     assert len(rows) == 2 + len(main.commands)
     assert number(rows[0]["times the import of click"]) == 1
