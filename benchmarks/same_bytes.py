@@ -40,11 +40,13 @@ Config = dict[str, Any]
 def config(**parameters: Any) -> Config:
     """Return the quickstart's config with few steps and further parameters."""
     calibration = str(QUICKSTART / "calibration.jsonl")
+    if "epochs" not in parameters:
+        parameters = {"steps": 6, **parameters}
     return {
         "merge_method": "rpam",
         "base_model": str(QUICKSTART / "long"),
         "models": [{"model": str(QUICKSTART / "short")}],
-        "parameters": {"calibration": calibration, "steps": 6, **parameters},
+        "parameters": {"calibration": calibration, **parameters},
         "dtype": "float32",
         "out_dtype": "bfloat16",
     }
