@@ -83,11 +83,12 @@ class _Finder:
             ours, function = HOOKS[name]
             __import__(ours)  # unlike importlib, it takes what a thread is importing
             hook = getattr(sys.modules[ours], function, None)
-            # Without it, our module is being imported, which imports mergekit. And the
-            # import may itself have caught up.
-            if hook is None or item not in self.pending:
+            if hook is None:  # our module is being imported, which imports mergekit
                 continue
-            self.pending.remove(item)
+            try:
+                self.pending.remove(item)
+            except ValueError:  # the import has caught up itself, or a thread has
+                continue
             before = dict(vars(module))
             hook(module)
             _rebind(before, vars(module))

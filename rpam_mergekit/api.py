@@ -8,14 +8,21 @@ as `device="cuda"`, `lora_merge_cache="cache"` or `quiet=True`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
-from rpam_mergekit.checks.config_file import Document, document_of, read_config
+from rpam_mergekit.checks.config_file import (
+    Document,
+    document_of,
+    read_config,
+    read_one,
+)
 from rpam_mergekit.checks.examine import Examination
 from rpam_mergekit.checks.examine_document import examine_document
 from rpam_mergekit.checks.request import NAME
@@ -23,7 +30,7 @@ from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.merging.export import export_recipe
 from rpam_mergekit.merging.fit import fit_document
 from rpam_mergekit.merging.hooks import activate
-from rpam_mergekit.models.patches import hub_cache
+from rpam_mergekit.models.patches import fresh_loaders, hub_cache
 
 WHY = {
     "fit": f"'fit' runs the pre-pass of '{NAME}'; other methods have none.",
@@ -45,10 +52,10 @@ def check(config: Config, **options: Any) -> Examination:
     merge_options = _options(options)
     activate()
     if isinstance(config, str | Path):
-        document = read_config(config)
+        document = read_one(config)
     else:
         document = document_of(_content(config))
-    with hub_cache(merge_options):
+    with hub_cache(merge_options), fresh_loaders():
         examination = examine_document(document, merge_options)
     findings = document.located(examination.findings)
     return replace(examination, findings=findings)
@@ -63,7 +70,7 @@ def fit(config: Config, out: str | Path | None = None, **options: Any) -> Path:
     """
     activate()
     document, merge_options = _document(config, "fit"), _options(options)
-    merge_options.apply_global_options()
+    _apply(merge_options)
     return fit_document(document, merge_options, out)
 
 
@@ -77,7 +84,7 @@ def merge(config: Config, out: str | Path, **options: Any) -> Path:
 
     activate()
     document, merge_options = _document(config, "merge"), _options(options)
-    merge_options.apply_global_options()
+    _apply(merge_options)
     run_merge = mergekit.merge.run_merge  # as `activate` has wrapped it
     assert document.config is not None
     run_merge(document.config, str(out), merge_options, config_source=document.text)
@@ -98,7 +105,7 @@ def export(
     """
     activate()
     document, merge_options = _document(config, "export"), _options(options)
-    merge_options.apply_global_options()
+    _apply(merge_options)
     return export_recipe(document, str(coefficients), out, merge_options)
 
 
@@ -127,6 +134,16 @@ def _content(config: Mapping[str, Any] | MergeConfiguration) -> Mapping[str, Any
     return config
 
 
+def _apply(options: MergeOptions) -> None:
+    """Set what the options say of the whole process, such as threads.
+
+    torch takes the number of interop threads once, before it computes anything; it is
+    the last that mergekit sets.
+    """
+    with suppress(RuntimeError):
+        options.apply_global_options()
+
+
 def _options(given: Mapping[str, Any]) -> MergeOptions:
     unknown = [name for name in given if name not in MergeOptions.model_fields]
     if unknown:
@@ -136,4 +153,9 @@ def _options(given: Mapping[str, Any]) -> MergeOptions:
                 for name in unknown
             )
         )
-    return MergeOptions(**given)
+    try:
+        return MergeOptions(**given)
+    except ValidationError as error:
+        raise RpamError(
+            *(f"{one['loc'][0]}: {one['msg']}." for one in error.errors())
+        ) from error

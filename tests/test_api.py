@@ -13,6 +13,7 @@ import chains
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rpam_mergekit
@@ -100,6 +101,50 @@ def test_check_finds_what_is_wrong(pair):
     config["parameters"]["learning_rate"] = -1
     (finding,) = rpam_mergekit.check(config).findings
     assert finding.startswith("parameters.learning_rate:")
+
+
+def test_a_file_and_its_content_have_the_same_findings(pair, tmp_path):
+    config = {**merge_config(pair), "dtyp": "float32"}
+    config["parameters"]["stepz"] = 3
+    path = tmp_path / "rpam.yml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    of_file = rpam_mergekit.check(path).findings
+    of_content = rpam_mergekit.check(config).findings
+    assert len(of_file) == len(of_content) == 2
+    for one, other in zip(of_file, of_content, strict=True):
+        assert one.startswith(f"{path}:")
+        assert one.endswith(other)
+
+
+def test_a_config_in_python_may_hold_paths(pair):
+    config = merge_config(pair)
+    config["base_model"] = Path(config["base_model"])
+    config["parameters"]["calibration"] = Path(config["parameters"]["calibration"])
+    assert rpam_mergekit.check(config).findings == []
+    with pytest.raises(rpam_mergekit.RpamError, match="the config: not YAML"):
+        rpam_mergekit.check({**config, "dtype": object()})
+    with pytest.raises(rpam_mergekit.RpamError, match="expected a mapping"):
+        rpam_mergekit.check(3)
+
+
+def test_two_folders_of_one_process_are_not_mixed_up(pair, tmp_path, monkeypatch):
+    """Models are known by their relative paths; their weights are read anew."""
+    files = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        shutil.copytree(pair, folder)
+        files.append(folder / "coefficients.safetensors")
+    weights = tmp_path / "two" / "short" / "model.safetensors"
+    save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights)
+    config = merge_config(Path("."))
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        rpam_mergekit.fit(config, "coefficients.safetensors", quiet=True, num_threads=1)
+    monkeypatch.chdir(tmp_path / "two")
+    again = rpam_mergekit.fit(config, "again.safetensors", quiet=True)
+    one, two, again = (load_file(path) for path in (*files, again))
+    assert all(torch.equal(two[name], again[name]) for name in again)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def test_options_and_methods_that_do_not_exist_are_refused(pair, tmp_path):

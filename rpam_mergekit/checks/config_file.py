@@ -69,11 +69,10 @@ class Document:
         return f"{self.path}:{self.lines[place]}: {finding}" if place else finding
 
 
-def read_config(path: str | Path) -> Document:
-    """Return the one config of a file, which mergekit can read.
+def read_one(path: str | Path) -> Document:
+    """Return the one config of a file; what is wrong with it is in `findings`.
 
-    Raises `RpamError` with file and line for all that is wrong with it as YAML and as
-    a config of mergekit, and where there are several.
+    Raises `RpamError` if the file cannot be read, is no YAML, or has several configs.
     """
     documents = read_documents(path)
     if len(documents) > 1:
@@ -81,7 +80,16 @@ def read_config(path: str | Path) -> Document:
             f"{path}: there are {len(documents)} configs in it, expected one. "
             "mergekit-multi merges several."
         )
-    (document,) = documents
+    return documents[0]
+
+
+def read_config(path: str | Path) -> Document:
+    """Return the one config of a file, which mergekit can read.
+
+    Raises `RpamError` with file and line for all that is wrong with it as YAML and as
+    a config of mergekit, and where there are several.
+    """
+    document = read_one(path)
     refuse(
         [
             finding if finding.startswith(f"{path}:") else f"{path}: {finding}"
@@ -129,8 +137,24 @@ def read_documents(path: str | Path) -> list[Document]:
 
 def document_of(content: Mapping[str, Any]) -> Document:
     """Return a config that is no file; what is wrong with it is in `findings`."""
-    text = yaml.safe_dump(dict(content), sort_keys=False)
-    return replace(_document(content, [], "the config"), text=text)
+    content = _plain(content)
+    document = _document(content, [], "the config")
+    try:
+        text = yaml.safe_dump(dict(content), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise RpamError(f"the config: not YAML: {first_line(error)}") from error
+    return replace(document, text=text)
+
+
+def _plain(value: Any) -> Any:
+    """Return a config with texts for paths, and plain mappings and lists."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def check_keys(document: Any) -> list[str]:

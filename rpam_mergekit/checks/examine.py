@@ -75,7 +75,9 @@ def examine_merge(
         examination.findings[:0] = check_keys(yaml.safe_load(source))
     headers = examination.matched.headers.values()
     if any(header.to_download for header in headers) and not examination.findings:
+        notes = list(examination.notes)
         look_at_layers(config, examination, options)
+        examination.notes = notes  # what could not be looked at will be when merged
     refuse(examination.findings)
     return examination
 

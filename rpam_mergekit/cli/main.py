@@ -79,8 +79,13 @@ def main() -> None:
       mergekit-rpam label long.samples.jsonl short.samples.jsonl --out calibration.jsonl
       mergekit-rpam check rpam.yml
       mergekit-yaml rpam.yml out/
-      mergekit-rpam compare long.samples.jsonl short.samples.jsonl \\
-        merged.samples.jsonl --out report
+
+    Then the same for another data set, such as math500, with LONG_MODEL, SHORT_MODEL
+    and out/, and:
+
+    \b
+      mergekit-rpam compare test-long.jsonl test-short.jsonl test-merged.jsonl \\
+        --out report
     """
 
 

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rpam_mergekit.errors import RpamError
 from rpam_mergekit.extras import needs
 from rpam_mergekit.grading.answers import Gold, is_correct, quick_verdict
 from rpam_mergekit.grading.brackets import read_turn
@@ -122,8 +123,17 @@ class Grader:
             try:
                 correct = await asyncio.wrap_future(self.schedule(gold, answers))
             except BrokenProcessPool:  # before this grade had begun
-                correct = await asyncio.wrap_future(self.schedule(gold, answers))
+                try:
+                    correct = await asyncio.wrap_future(self.schedule(gold, answers))
+                except BrokenProcessPool as error:
+                    raise RpamError(
+                        "the processes that grade end as soon as they start. In a "
+                        'script, call this under `if __name__ == "__main__":`, as each '
+                        "of them imports the script."
+                    ) from error
             return Verdict(correct)
+        except RpamError:
+            raise
         except TimeoutError:
             return Verdict(
                 None, f"grading {shown} took over {self.time_limit:g} s and was stopped"

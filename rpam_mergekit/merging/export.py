@@ -13,7 +13,7 @@ from rpam_mergekit.checks.fingerprint import fingerprint_of, reusable
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.merging.merge import Merge
-from rpam_mergekit.models.patches import hub_cache
+from rpam_mergekit.models.patches import fresh_loaders, hub_cache
 from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.outputs.stock_recipe import (
     RECIPE,
@@ -41,7 +41,7 @@ def export_recipe(
     parameters = {**(document.config.parameters or {}), "coefficients": coefficients}
     parameters.pop("calibration", None)  # not needed, and perhaps not here
     config = document.config.model_copy(update={"parameters": parameters})
-    with hub_cache(options):
+    with hub_cache(options), fresh_loaders():
         examination = examine_merge(config, options, document.text)
         assert examination.request is not None
         refuse_unsayable(config, examination.request.models)

@@ -32,7 +32,11 @@ from rpam_mergekit.formats.solved_layers import (
     folder_of,
 )
 from rpam_mergekit.merging.merge import Merge
-from rpam_mergekit.models.patches import hub_cache, set_chat_template
+from rpam_mergekit.models.patches import (
+    fresh_loaders,
+    hub_cache,
+    set_chat_template,
+)
 from rpam_mergekit.models.tokenizers import load_tokenizer
 from rpam_mergekit.models.weights import ExpertWeights
 from rpam_mergekit.outputs.folder import IN_OUTPUT
@@ -121,7 +125,7 @@ def fit_document(
     if out is not None:
         parameters = {**(config.parameters or {}), "coefficients": str(out)}
         config = config.model_copy(update={"parameters": parameters})
-    with hub_cache(options):
+    with hub_cache(options), fresh_loaders():
         examination = examine_merge(config, options, document.text)
         assert examination.request is not None
         if examination.request.settings.coefficients is None:

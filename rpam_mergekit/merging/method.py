@@ -8,7 +8,7 @@ written before mergekit plans, reaches it through mergekit's own parameters (see
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from mergekit.merge_methods.base import (
 )
 
 from rpam_mergekit.checks.request import NAME, weight_parameter
+from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import entry_name, open_coefficients, written
-from rpam_mergekit.refusal import Refusal
+from rpam_mergekit.refusal import Refusal, shown_by_click
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "
@@ -56,6 +57,18 @@ class RpamMerge(GroupMergeMethod):
             min_non_base=1,
         ),
     )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Refuse callers without a planner that name no base model."""
+        if group_name is None and base_id is None:
+            raise Refusal(f"base_model: missing. {NO_PLANNER}")
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Return the merged tensor, computed in float32 and rounded once."""
@@ -93,8 +106,12 @@ def _parts(
     # The name in the input model, where slices have given the output another.
     tensor = parameters["tensor"][other] or group.metadata.name
     pattern = parameters["pattern"][other]
-    file = open_coefficients(path, parameters["reasoning"])
-    return file.parts(entry_name(pattern, tensor, len(group.non_base)))
+    with shown_by_click():
+        try:
+            file = open_coefficients(path, parameters["reasoning"])
+        except OSError as error:
+            raise RpamError(f"no coefficients file {path}") from error
+        return file.parts(entry_name(pattern, tensor, len(group.non_base)))
 
 
 METHOD = RpamMerge()

@@ -29,6 +29,11 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
         advice = ""
         if "trust_remote_code" in str(error):
             advice = " Read that code, then allow it with --trust-remote-code."
+        elif not Path(model.model.path).exists():
+            advice = (
+                f" There is no folder {Path(model.model.path).absolute()} either: "
+                "relative paths begin where the command is run."
+            )
         findings.append(
             f"{model}: its config cannot be loaded: {first_line(error)}{advice}"
         )

@@ -58,8 +58,17 @@ class StateDictExperts:
         for name in names:
             if name.startswith(prefix):
                 index = int(name.removeprefix(prefix).partition(".")[0])
+                if index >= len(self._layers):
+                    raise RpamError(
+                        f"{name}: the config has {len(self._layers)} decoder layers."
+                    )
                 within = self.decoder.relative_name(index, name)
                 self._layers[index][name] = within
+        if not any(self._layers):
+            raise RpamError(
+                f"no tensor is called {prefix}...: give the state dicts of "
+                f"{type(self.decoder.model).__name__}."
+            )
         self.decoder.check_outside(set(self._outside))
         for index, layer in enumerate(self._layers):
             self.decoder.check_names(index, set(layer.values()))

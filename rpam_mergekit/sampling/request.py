@@ -73,8 +73,17 @@ class GradingOptions(ThinkingOptions):
     def __post_init__(self) -> None:
         """Raise `RpamError` for all numbers and names that cannot be."""
         findings: list[str] = []
+        for name in ("base_url", "exclude"):  # one text is one of them
+            if hasattr(self, name):
+                value = getattr(self, name)
+                several = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, name, several)
         for name, value in vars(self).items():
             if value is None:
+                continue
+            numeric = name in AT_LEAST or name in ABOVE_ZERO
+            if numeric and not isinstance(value, int | float):
+                findings.append(f"{name}: found {value!r}, expected a number.")
                 continue
             if name in AT_LEAST and value < AT_LEAST[name]:
                 findings.append(

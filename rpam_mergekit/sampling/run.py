@@ -206,8 +206,23 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def whole() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        return await coroutine
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+        future = pool.submit(asyncio.run, whole())
+        try:
+            return future.result()
+        except BaseException:  # such as an interruption of the notebook's cell
+            if running and not future.done():
+                loop, task = running[0]
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 class Tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 import torch
 import yaml
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.commands import run
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.formats.coefficients import write_coefficients
 from rpam_mergekit.merging.method import METHOD
 
 
@@ -64,6 +66,31 @@ def test_a_model_without_weight_is_refused(models, parameters):
         merge_state_dicts(models, METHOD, base="long", parameters=parameters)
     assert "no planner, so that the pre-pass cannot run" in str(refusal.value)
     assert "give every other model a `weight`: matrix has none" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("nowhere.safetensors", "no coefficients file"), ("other", "no coefficients for")],
+)
+def test_a_coefficients_file_that_does_not_fit_is_refused(models, tmp_path, file, said):
+    path = tmp_path / file
+    if file == "other":
+        part = {"another": {"scalar": torch.tensor(0.5)}}
+        write_coefficients(path, part, {}, torch.float32)
+    parameters = {"coefficients": str(path)}
+    two = {name: models[name] for name in ("long", "short")}
+    with pytest.raises(click.ClickException) as refusal:
+        merge_state_dicts(two, METHOD, base="long", parameters=parameters)
+    assert isinstance(refusal.value, RpamError)
+    assert str(refusal.value).startswith(
+        f"rpam: {said}" if file != "other" else "rpam: "
+    )
+    assert said in str(refusal.value)
+
+
+def test_without_a_base_model_the_message_says_so(models):
+    with pytest.raises(RpamError, match="base_model: missing"):
+        merge_state_dicts(models, METHOD, parameters={"weight": 0.5})
 
 
 def test_mergekit_pytorch_merges_by_weights(pair, tmp_path):

@@ -10,6 +10,7 @@ import logging
 import pytest
 from click.testing import CliRunner
 
+from helpers.commands import run
 from helpers.paths import QUICKSTART
 from rpam_mergekit.cli.main import main
 from rpam_mergekit.cli.sample import sampling_options
@@ -247,3 +248,25 @@ def test_sampling_from_python_where_a_loop_runs_as_in_a_notebook(tmp_path, capfd
     assert again == tally
     assert said == [f"{request.out} has 2 queries; 0 are left."]
     assert capfd.readouterr().out == ""
+
+
+def test_a_script_that_grades_at_its_top_is_told_what_to_do(tmp_path):
+    """Its grading processes import it, and would each begin the same run."""
+    row = {"question": "q", "answer": "x+1", "responses": [r"\\boxed{1+x}"]}
+    (tmp_path / "minimal.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "script.py").write_text(
+        "from rpam_mergekit import GradeRequest, grade\n"
+        "request = GradeRequest(source='minimal.jsonl', out='graded.jsonl')\n"
+        "if True:\n    grade(request)\n"
+    )
+    process = run(["python", "script.py"], tmp_path)
+    assert process.returncode != 0
+    assert "call this under `if __name__" in process.stderr
+    graded = tmp_path / "graded.jsonl"
+    assert '"correct":null' not in graded.read_text()
+    code = (tmp_path / "script.py").read_text()
+    code = code.replace("if True:", "if __name__ == '__main__':")
+    (tmp_path / "script.py").write_text(code)
+    process = run(["python", "script.py"], tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert '"correct":true' in graded.read_text().replace(" ", "")
