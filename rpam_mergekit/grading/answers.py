@@ -3,7 +3,7 @@ r"""Is an answer right? Gold answers, and what equals them.
 math-verify decides whether two mathematical expressions are equal. Around it stands
 what it does not tell apart: units, number bases, tuples from sets, how often a value
 occurs in a list, very small numbers, multiple choice. Nothing here limits time:
-`grading.py` runs it in worker processes that it can kill.
+`workers.py` runs it in worker processes that it can kill.
 """
 
 from __future__ import annotations

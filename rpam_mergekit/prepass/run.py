@@ -7,7 +7,7 @@
    once, minimise the objective over the coefficients, and send the merged stream
    through the merged weights exactly as they will be written.
 
-Knows nothing of mergekit's planner. One decoder layer's weights are in memory at a
+Knows nothing of mergekit. One decoder layer's weights are in memory at a
 time, of all models; the calibration set's activations lie where the store is.
 """
 
