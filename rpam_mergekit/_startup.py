@@ -81,7 +81,15 @@ class _Finder:
         for item in list(self.pending):
             name, module = item
             ours, function = HOOKS[name]
-            __import__(ours)  # unlike importlib, it takes what a thread is importing
+            spec = getattr(sys.modules.get(ours), "__spec__", None)
+            if getattr(spec, "_initializing", False):
+                continue  # a thread imports it, maybe this one, and catches up behind
+            try:
+                __import__(ours)
+            except RuntimeError as error:
+                if type(error).__name__ != "_DeadlockError":
+                    raise
+                continue  # a thread that waits for this one imports it
             hook = getattr(sys.modules[ours], function, None)
             if hook is None:  # our module is being imported, which imports mergekit
                 continue

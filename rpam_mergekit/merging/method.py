@@ -11,8 +11,8 @@ import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import mergekit.merge_methods as merge_methods  # "from" may deadlock among threads
 import torch
-from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.merge_methods.base import (
     BasePolicy,

@@ -53,10 +53,11 @@ if __name__ == "__main__":
     "small-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1\n",
     "rpam_mergekit/__init__.py": "",
     "rpam_mergekit/merging/__init__.py": "",
+    # As the real ones, these import no module of mergekit at their top that is awaited
+    # by the other: threads that import both would wait for each other.
     "rpam_mergekit/merging/method.py": """
 import sys
-from mergekit import merge_methods
-import mergekit.merge
+import mergekit.merge_methods as merge_methods
 
 def register(module):
     if "rpam" not in merge_methods.METHODS:
@@ -67,7 +68,6 @@ if "rpam_mergekit._startup" in sys.modules:
 """,
     "rpam_mergekit/merging/hooks.py": """
 import sys
-import mergekit.merge
 
 def wrap(owner, name):
     if getattr(owner, name).__name__ != "hooked":
@@ -171,7 +171,7 @@ for name in (*AWAITED, "mergekit.scripts.run_yaml"):
     "by many threads": FIRST
     + """
 import threading
-names = (*AWAITED, "mergekit.scripts.run_yaml", "rpam_mergekit.merging.method")
+names = (*AWAITED, "mergekit.scripts.run_yaml")
 barrier = threading.Barrier(3 * len(names))
 def work(name):
     barrier.wait()
@@ -364,13 +364,15 @@ def test_a_plugin_that_cannot_be_loaded_is_said_once_and_tried_again(small):
     code = (
         """
 import sys
-sys.modules["mergekit.plan"] = None
+ours = ("rpam_mergekit.merging.method", "rpam_mergekit.merging.hooks")
+sys.modules.update(dict.fromkeys(ours))
 for name in ("mergekit.merge_methods", "mergekit.merge", "mergekit.scripts"):
     try:
         __import__(name)
     except ImportError:
         pass
-del sys.modules["mergekit.plan"]
+for name in ours:
+    del sys.modules[name]
 """
         + STATE
     )
