@@ -5,7 +5,7 @@ Run by every Python start of the environment (`rpam_mergekit.pth`, from Python 3
 is imported, never an exception. `RPAM_MERGEKIT_AUTOLOAD=0` switches it off.
 
 mergekit 0.1.5 has no plugin discovery. Its own `register` is complete once the package
-`mergekit.merge_methods` has run; the planner and the commands that import it are later.
+`mergekit.merge_methods` has run; `run_merge` and the commands that import it are later.
 """
 
 import os
@@ -81,18 +81,17 @@ class _Finder:
         for item in list(self.pending):
             name, module = item
             ours, function = HOOKS[name]
-            spec = getattr(sys.modules.get(ours), "__spec__", None)
-            if getattr(spec, "_initializing", False):
-                continue  # a thread imports it, maybe this one, and catches up behind
-            try:
-                __import__(ours)
-            except RuntimeError as error:
-                if type(error).__name__ != "_DeadlockError":
-                    raise
-                continue  # a thread that waits for this one imports it
-            hook = getattr(sys.modules[ours], function, None)
-            if hook is None:  # our module is being imported, which imports mergekit
-                continue
+            hook = getattr(sys.modules.get(ours), function, None)
+            if hook is None and not _is_being_imported(ours):
+                try:
+                    __import__(ours)
+                except RuntimeError as error:
+                    if type(error).__name__ != "_DeadlockError":
+                        raise
+                    # A thread that waits for this one imports it.
+                hook = getattr(sys.modules.get(ours), function, None)
+            if hook is None:
+                continue  # who imports our module, maybe this thread, catches up behind
             try:
                 self.pending.remove(item)
             except ValueError:  # the import has caught up itself, or a thread has
@@ -204,6 +203,11 @@ def _armed() -> "list[Any]":
         if type(finder).__name__ == _Finder.__name__
         and type(finder).__module__ == __name__
     ]
+
+
+def _is_being_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _rebind(before: "dict[str, Any]", now: "dict[str, Any]") -> None:

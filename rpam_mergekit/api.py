@@ -8,7 +8,6 @@ as `device="cuda"`, `lora_merge_cache="cache"` or `quiet=True`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,7 +31,7 @@ from rpam_mergekit.merging.fit import fit_document
 from rpam_mergekit.merging.hooks import activate
 from rpam_mergekit.models.patches import fresh_loaders, hub_cache
 
-WHY = {
+OTHER_METHODS = {
     "fit": f"'fit' runs the pre-pass of '{NAME}'; other methods have none.",
     "merge": f"This merges by '{NAME}'; mergekit-yaml runs the other methods.",
     "export": f"'export' writes merges by '{NAME}' as recipes; others are recipes "
@@ -118,10 +117,9 @@ def _document(config: Config, verb: str) -> Document:
         if document.findings:
             raise RpamError(*document.findings)
     assert document.config is not None
-    if document.config.merge_method != NAME:
-        raise RpamError(
-            f"merge_method: found '{document.config.merge_method}'. {WHY[verb]}"
-        )
+    method = document.config.merge_method
+    if method != NAME:
+        raise RpamError(f"merge_method: found '{method}'. {OTHER_METHODS[verb]}")
     return document
 
 
@@ -140,8 +138,11 @@ def _apply(options: MergeOptions) -> None:
     torch takes the number of interop threads once, before it computes anything; it is
     the last that mergekit sets.
     """
-    with suppress(RuntimeError):
+    try:
         options.apply_global_options()
+    except RuntimeError as error:
+        if "interop" not in str(error):
+            raise
 
 
 def _options(given: Mapping[str, Any]) -> MergeOptions:

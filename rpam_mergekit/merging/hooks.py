@@ -39,11 +39,6 @@ from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.refusal import shown_by_click
 
 
-def hook_run_merge(module: Any) -> None:
-    """Let `run_merge` of `mergekit.merge` do what a merge by `rpam` needs."""
-    _wrap(module, "run_merge", _run_merge)
-
-
 def _run_merge(
     original: Any,
     merge_config: MergeConfiguration,
@@ -58,8 +53,8 @@ def _run_merge(
     with hub_cache(options), folders_are_local(), fresh_loaders():
         examination = examine_merge(merge_config, options, config_source)
         merge = Merge(merge_config, options, examination)
-        record.begin(out_path)
         merge.load()
+        record.begin(out_path)  # from here on the folder changes
         coefficients = fit(merge, Path(out_path) / IN_OUTPUT)
         with cut_output_config(read_inputs(merge.config).layers):
             result = original(
@@ -86,13 +81,6 @@ def _complete(merge: Merge, folder: Path) -> list[str]:
     return said + ([f"no {RECIPE}: {reason}"] if reason else [])
 
 
-def hook_multimerge(module: Any) -> None:
-    """Let mergekit-multi check all configs first, and outputs that it would skip."""
-    for name in ("load_config", "patched_config", "make_tasks"):
-        _wrap(module, name, getattr(multimerge, name))
-    _wrap(module.MergeModelTask, "execute", multimerge.execute)
-
-
 def activate() -> None:
     """Register and wrap without the start-up file; safe to call again."""
     import mergekit.merge
@@ -116,6 +104,21 @@ def _wrap(owner: Any, name: str, replacement: Any) -> None:
 
     wrapped.rpam_mergekit = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
+
+
+# Last: once these are there `_startup` calls them, maybe from another thread.
+
+
+def hook_run_merge(module: Any) -> None:
+    """Let `run_merge` of `mergekit.merge` do what a merge by `rpam` needs."""
+    _wrap(module, "run_merge", _run_merge)
+
+
+def hook_multimerge(module: Any) -> None:
+    """Let mergekit-multi check all configs first, and outputs that it would skip."""
+    for name in ("load_config", "patched_config", "make_tasks"):
+        _wrap(module, name, getattr(multimerge, name))
+    _wrap(module.MergeModelTask, "execute", multimerge.execute)
 
 
 if "rpam_mergekit._startup" in sys.modules:

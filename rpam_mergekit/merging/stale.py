@@ -25,8 +25,8 @@ from rpam_mergekit.formats.files import digest, digest_of_file
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_folder, merged_from
 from rpam_mergekit.models.headers import unreadable
-from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD
-from rpam_mergekit.outputs.record import output_settings, read_record
+from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD, read_record
+from rpam_mergekit.outputs.record import output_settings
 from rpam_mergekit.settings import RpamSettings, parse_settings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
@@ -46,12 +46,13 @@ def check_up_to_date(
     Weights that lie on this disk are read; models of the Hub are compared as they are
     in its cache.
     """
-    record = read_record(folder)
-    if record is None:
+    try:
+        record = read_record(folder)
+    except RpamError as error:
         raise RpamError(
             f"{folder} holds a model, but no {RECORD}, which a merge by rpam writes "
             f"last: it did not end, or is of another method. {NEXT}"
-        )
+        ) from error
     changed = list(_changed(config, record, options))
     if changed:
         raise RpamError(

@@ -185,15 +185,6 @@ def _adapted(model: ModelReference, options: MergeOptions) -> dict[str, Any]:
     return {"merged_from": merged_from(model, options)}
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's `rpam.json`, None without a whole one."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def _calibration(
     made_from: Mapping[str, Any], request: MergeRequest
 ) -> dict[str, Any] | None:

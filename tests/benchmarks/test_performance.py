@@ -70,7 +70,7 @@ def test_random_kills_leave_the_same_bytes():
 def test_full_size_without_a_gpu_says_so():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a GPU")
     process = benchmark("performance/full_size")
     assert process.returncode == 1
     assert process.stderr.startswith("No CUDA device here: nothing measured.")
