@@ -211,10 +211,11 @@ class RpamSettings(BaseModel):
         description="Longest query in tokens: longer prompts are left out, responses "
         "cut, and both are reported.",
     )
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Of the pre-pass's matrix products: bfloat16 is faster on GPUs "
-        "with tensor cores. Weights, coefficients and sums stay in float32.",
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the pre-pass's matrix products: `auto` is bfloat16 on GPUs "
+        "with matrix units for it, float32 elsewhere; float32 on an NVIDIA GPU is "
+        "TF32. Weights, coefficients and sums stay in float32.",
     )
     coefficient_dtype: Literal["float32", "float16"] = Field(
         "float32",

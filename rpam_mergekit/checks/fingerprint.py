@@ -22,19 +22,23 @@ from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
-from rpam_mergekit.formats.solved_layers import Solution
+from rpam_mergekit.formats.solved_layers import Solution, folder_of
 from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.models.weights import content_digests
+from rpam_mergekit.replay.precision import AUTO
 
 # Raised whenever the same inputs would give other coefficients than before.
 ALGORITHM = 2
 Say = Callable[[str], None]
 
 
-def unfinished(path: Path) -> Path:
-    """Return the folder of what runs that did not end have solved for `path`."""
-    return path.with_name(path.name + ".unfinished")
+def unfinished(path: Path, fingerprint: Mapping[str, Any]) -> Path:
+    """Return the folder of what a run that did not end has solved for `path`.
+
+    It is that of runs on these inputs and no others.
+    """
+    return path.with_name(path.name + ".unfinished") / folder_of(fingerprint)
 
 
 def write_solution(
@@ -45,6 +49,7 @@ def write_solution(
     fingerprint: Mapping[str, Any],
 ) -> None:
     """Write the coefficients file of a run that has ended. Raises `RpamError`."""
+    solved = unfinished(path, fingerprint)
     metadata = {
         "version": __version__,
         "models": {
@@ -68,11 +73,11 @@ def write_solution(
     }
     try:
         dtype = getattr(torch, fingerprint["settings"]["coefficient_dtype"])
-        write_coefficients(path, solution.entries, metadata, dtype)
+        write_coefficients(path, solution.entries, metadata, dtype, solved)
     except OSError as error:
         raise RpamError(
             f"{path} cannot be written: {error}. All layers are solved and safe in "
-            f"{unfinished(path)}. Make room, and run the same command again."
+            f"{solved}. Make room, and run the same command again."
         ) from error
 
 
@@ -103,8 +108,13 @@ def fingerprint_of(
     fixed: Mapping[str, float],
     config: Any,
     queries: Sequence[EncodedQuery],
+    compute_dtype: str,
 ) -> dict[str, Any]:
-    """Return what the coefficients are made from, as JSON; reads all models."""
+    """Return what the coefficients are made from, as JSON; reads all models.
+
+    compute_dtype: that of the matrix products, by the device where the setting is
+    `auto`.
+    """
     calibration, models = request.calibration, request.models
     digests = content_digests(models.every)
     encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
@@ -114,7 +124,10 @@ def fingerprint_of(
         "patterns": list(models.patterns),
         "calibration": calibration.digest if calibration else None,
         "queries": hashlib.sha256(encoded).hexdigest(),
-        "settings": request.settings.cache_key(),
+        "settings": {
+            **request.settings.cache_key(),
+            "compute_dtype": compute_dtype,
+        },
         "fixed": dict(fixed),
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
@@ -151,4 +164,12 @@ def reusable(
         if lacking:
             raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
         return True
+    if request.settings.compute_dtype == AUTO:  # that of the device it was made on
+        made_from = {
+            **made_from,
+            "settings": {
+                **made_from["settings"],
+                "compute_dtype": fingerprint["settings"]["compute_dtype"],
+            },
+        }
     return bool(made_from == fingerprint)

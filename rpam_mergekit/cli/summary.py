@@ -32,6 +32,7 @@ from rpam_mergekit.prepass.memory import (
     free_host_memory,
     readable,
 )
+from rpam_mergekit.replay.precision import precision_on
 from rpam_mergekit.routing.figures import SCALES
 from rpam_mergekit.routing.holdout import split_queries
 from rpam_mergekit.settings import PRESETS, RpamSettings
@@ -193,9 +194,13 @@ def _time(
     shapes = [p.shape for p in seen.decoder.layers[0].parameters() if p.dim() > 1]
     rows, columns = max(shapes, key=lambda shape: shape.numel())[-2:]
     tokens = max(batch.input_ids.numel() for batch in batches)
-    rates = measure(device, tokens, columns, rows, settings.compute_dtype)
+    dtype = precision_on(settings.compute_dtype, device)
+    rates = measure(device, tokens, columns, rows, dtype)
     giga = rates.operations / 1e9
-    return f"about {_duration(rates.seconds(work))} at {giga:.0f} GFLOP/s measured here"
+    return (
+        f"about {_duration(rates.seconds(work))} at {giga:.0f} GFLOP/s in {dtype}, "
+        "measured here"
+    )
 
 
 def _duration(seconds: float) -> str:

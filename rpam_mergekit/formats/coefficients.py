@@ -147,15 +147,19 @@ def write_coefficients(
     entries: Mapping[str, Mapping[str, torch.Tensor]],
     metadata: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    workshop: Path | None = None,
 ) -> None:
     """Write a coefficients file whole or not at all; the same inputs, the same bytes.
 
     `entries`: tensor name -> part -> float32 tensor, of which fields are written in
     `dtype`. `metadata` must be JSON. It is on disk when this returns. One writer at a
-    time. Raises `OSError`.
+    time. `workshop`: the folder, on the same disk, where it becomes whole and where a
+    killed writer leaves files, safetensors' own of random names among them; None: that
+    of `path`. Raises `OSError`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in {path.parent, workshop or path.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}/{part}": in_file(value, dtype).contiguous().cpu()
         for name, parts in entries.items()
@@ -164,7 +168,7 @@ def write_coefficients(
     # Scalars of one module are one tensor: safetensors refuses shared storage.
     tensors = {n: v if v.dim() else v.clone() for n, v in tensors.items()}
     content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = (workshop or path.parent) / f"{path.name}.partial"
     try:
         save_file(tensors, partial, metadata={METADATA_KEY: content})
         with open(partial, "rb+") as file:

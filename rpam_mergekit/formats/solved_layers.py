@@ -131,8 +131,9 @@ class SolvedLayers(MutableMapping[int, LayerSolution]):
         return sum(1 for _ in self)
 
     def remove(self) -> None:
-        """Delete the folder, and the one it lies in if that holds nothing else."""
-        shutil.rmtree(self.folder)
+        """Delete the folder if there is one, and its parent if that is empty then."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
         with suppress(OSError):
             self.folder.parent.rmdir()
 

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.fingerprint import fingerprint_of, reusable
+from rpam_mergekit.checks.fingerprint import reusable
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.merging.merge import Merge
@@ -66,8 +66,8 @@ def _in_cache(path: Path) -> bool:
 
 def _recipe(merge: Merge, path: Path) -> str:
     """Return the recipe that gives the same bytes as a merge by the file `path`."""
-    request, config, layout = merge.request, merge.config, merge.layout
+    request, layout = merge.request, merge.layout
     file = CoefficientsFile(path, request.settings.reasoning)
     asked = dataclasses.replace(request, calibration=None)
-    reusable(path, fingerprint_of(asked, merge.fixed, config, []), asked, layout)
-    return recipe_text(config, request, layout, file)
+    reusable(path, merge.fingerprint(), asked, layout)
+    return recipe_text(merge.config, request, layout, file)

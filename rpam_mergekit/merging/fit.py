@@ -17,7 +17,6 @@ from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.fingerprint import (
     exclusive,
-    fingerprint_of,
     reusable,
     unfinished,
     write_solution,
@@ -29,7 +28,6 @@ from rpam_mergekit.formats.solved_layers import (
     LayerReport,
     SolvedByFirst,
     SolvedLayers,
-    folder_of,
 )
 from rpam_mergekit.merging.merge import Merge
 from rpam_mergekit.models.patches import (
@@ -76,17 +74,14 @@ def fit(merge: Merge, default: Path) -> Path:
         )
     merge.say_notes()
     if request.calibration is None:
-        made_from = fingerprint_of(request, merge.fixed, merge.config, [])
-        reusable(path, made_from, request, merge.layout)
+        reusable(path, merge.fingerprint(), request, merge.layout)
         merge.say(f"rpam: coefficients taken from {named}")
         return path
     return_freed_memory()
     queries, end = encode_queries(merge)
     prepass = prepass_of(merge, queries, end)
     first = processes.rank == 0
-    fingerprint = processes.broadcast(
-        fingerprint_of(request, merge.fixed, merge.config, queries) if first else {}
-    )
+    fingerprint = processes.broadcast(merge.fingerprint(queries) if first else {})
     on_hub = named is not None and is_hub_path(named)
     with exclusive(path, merge.say) if first and not on_hub else nullcontext():
         if processes.broadcast(
@@ -94,6 +89,8 @@ def fit(merge: Merge, default: Path) -> Path:
             and path.exists()
             and reusable(path, fingerprint, request, merge.layout)
         ):
+            if first and not on_hub:  # a run killed right after it wrote the file
+                SolvedLayers(unfinished(path, fingerprint)).remove()
             merge.say(f"rpam: coefficients reused from {named or path}")
             return path
         if on_hub:
@@ -171,7 +168,7 @@ def prepass_of(
         merge.base_config,
         local_device(options.device or "cpu"),
         options.trust_remote_code,
-        settings.compute_dtype,
+        merge.compute_dtype,
     )
     solving, held_out = split_queries(queries, settings.held_out, settings.seed)
     return PrePass(
@@ -231,9 +228,7 @@ def _solve(
 ) -> None:
     """Run the pre-pass, behind what an earlier run has solved; write the file."""
     first = merge.processes.rank == 0
-    solved = (SolvedLayers if first else SolvedByFirst)(
-        unfinished(path) / folder_of(fingerprint)
-    )
+    solved = (SolvedLayers if first else SolvedByFirst)(unfinished(path, fingerprint))
     if solved:
         merge.say(
             f"rpam: {len(solved)} of {len(merge.layout.layers)} layers were solved "

@@ -7,6 +7,7 @@ mergekit (`kernel_config`), to the record.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,22 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.checks.examine import Examination, config_notes
+from rpam_mergekit.checks.fingerprint import fingerprint_of
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merge_adapters
 from rpam_mergekit.models.layout import Layout, plan_layout
 from rpam_mergekit.models.patches import output_config
-from rpam_mergekit.processes import Processes
+from rpam_mergekit.processes import Processes, local_device
+from rpam_mergekit.replay.precision import precision_on
 
 
 class Merge:
     """An examined config, and once they are loaded the tensors of its models.
 
     config: the user's config, a copy, as mergekit's planner rewrites the one it gets.
+    compute_dtype: of the pre-pass's matrix products, by the first process's device.
     layout: the tensors of the merge. fixed: the weights that the user set, by entry.
     Both are there after `load`.
     """
@@ -54,6 +59,12 @@ class Merge:
         self.notes = examination.notes
         self.models = self.request.models
         self.processes = processes or Processes()
+        self.compute_dtype: str = self.processes.broadcast(
+            precision_on(
+                self.request.settings.compute_dtype,
+                local_device(options.device or "cpu"),
+            )
+        )
 
     def load(self) -> None:
         """Merge adapters, download what lies on the Hub, and plan the tensors.
@@ -75,6 +86,15 @@ class Merge:
         self.base_config = models.base.config(trust_remote_code=trusted)
         self.layout = plan_layout(self._architecture, self.base_config, models.every)
         self.fixed = self.request.fixed_weights(self.layout)
+
+    def fingerprint(self, queries: Sequence[EncodedQuery] = ()) -> dict[str, Any]:
+        """Return what the coefficients of this merge are made from; reads all models.
+
+        queries: the encoded calibration queries.
+        """
+        return fingerprint_of(
+            self.request, self.fixed, self.config, queries, self.compute_dtype
+        )
 
     def coefficients(self, default: Path) -> Path:
         """Return the place of the coefficients file, `default` if it has no name."""

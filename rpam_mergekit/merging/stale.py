@@ -27,6 +27,7 @@ from rpam_mergekit.models.adapters import merged_folder, merged_from
 from rpam_mergekit.models.headers import unreadable
 from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD, read_record
 from rpam_mergekit.outputs.record import output_settings
+from rpam_mergekit.replay.precision import AUTO
 from rpam_mergekit.settings import RpamSettings, parse_settings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
@@ -98,6 +99,8 @@ def _changed_data(
         if record.get("algorithm") != ALGORITHM:
             yield "the method (by another version of rpam-mergekit)"
         problem, known = settings.cache_key(), record["settings"]
+        if settings.compute_dtype == AUTO:  # that of the device it was merged on
+            problem["compute_dtype"] = known["compute_dtype"]
         for name in sorted(problem.keys() | known.keys()):
             if problem.get(name) != known.get(name):
                 yield f"parameters.{name}"

@@ -41,9 +41,29 @@ FORMAT = 1
 
 
 def begin(out_path: str | Path) -> None:
-    """Take back what an earlier merge into this folder says of it."""
+    """Take back what an earlier merge into this folder says of it.
+
+    And the shard that it was writing when it was killed.
+    """
+    folder = Path(out_path)
     for name in (RECORD, RECIPE):
-        (Path(out_path) / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(".tmp??????"):
+        if _is_a_killed_writers(path):
+            path.unlink()
+
+
+def _is_a_killed_writers(path: Path) -> bool:
+    """Tell whether safetensors began a file that it was not let finish.
+
+    It writes into a file of a random name and of full size: the length of the header,
+    which is JSON, comes first.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    return beginning[8:] == b"{" or not any(beginning)
 
 
 def finish(

@@ -17,6 +17,7 @@ from rpam_mergekit.prepass.objective import opening_loss
 from rpam_mergekit.processes import Processes
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
+from rpam_mergekit.replay.precision import tf32
 from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.settings import RpamSettings
 
@@ -115,18 +116,19 @@ class LayerProblem:
             "total": self.processes.sum,
         }
         try:
-            if settings.solver == "lbfgs":
-                solver.lbfgs(self.loss, count, leaves, **arguments)
-            else:
-                solver.adam(
-                    self.loss,
-                    count,
-                    leaves,
-                    learning_rate=settings.learning_rate,
-                    generator=generator,
-                    tolerance=settings.tolerance,
-                    **arguments,
-                )
+            with tf32(self.decoder.device):  # of the backward passes too
+                if settings.solver == "lbfgs":
+                    solver.lbfgs(self.loss, count, leaves, **arguments)
+                else:
+                    solver.adam(
+                        self.loss,
+                        count,
+                        leaves,
+                        learning_rate=settings.learning_rate,
+                        generator=generator,
+                        tolerance=settings.tolerance,
+                        **arguments,
+                    )
         except solver.Diverged as error:
             raise RpamError(
                 f"layer {self.index}: {error}. Lower parameters.learning_rate (now "

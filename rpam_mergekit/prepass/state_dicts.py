@@ -18,6 +18,7 @@ from rpam_mergekit.formats.solved_layers import Solution
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.experts import Experts
 from rpam_mergekit.replay.layer_weights import LayerMerge, Weights
+from rpam_mergekit.replay.precision import AUTO
 
 
 class StateDictExperts:
@@ -37,7 +38,7 @@ class StateDictExperts:
         *,
         patterns: Sequence[str] = ("long", "short"),
         device: str = "cpu",
-        compute_dtype: str = "float32",
+        compute_dtype: str = AUTO,
         trust_remote_code: bool = False,
     ) -> None:
         if len(patterns) != 1 + len(others):

@@ -31,6 +31,7 @@ from rpam_mergekit.replay.calls import (
     WrongInput,
     refuse_layer,
 )
+from rpam_mergekit.replay.precision import AUTO, precision_on, tf32
 
 NAMED = 4
 
@@ -38,9 +39,9 @@ NAMED = 4
 class Decoder:
     """The decoder of the model that `config` describes, its weights in float32.
 
-    Matrix products are computed in `compute_dtype`, everything else in float32, as
-    PyTorch's autocast chooses. Raises `RpamError` for models whose layers cannot be
-    found or run one by one.
+    Matrix products are computed in `compute_dtype` (`auto`: by the device), everything
+    else in float32, as PyTorch's autocast chooses. Raises `RpamError` for models whose
+    layers cannot be found or run one by one.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Decoder:
         config: PretrainedConfig,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
-        compute_dtype: str = "float32",
+        compute_dtype: str = AUTO,
     ) -> None:
         self.device = torch.device(device)
-        self.compute_dtype = getattr(torch, compute_dtype)
+        self.compute_dtype = getattr(torch, precision_on(compute_dtype, self.device))
         with (
             torch.random.fork_rng(devices=[]),
             init_empty_weights(include_buffers=False),
@@ -184,11 +185,12 @@ class Decoder:
         layer = self.layers[index]
         given = {**dict(layer.named_buffers()), **weights}
         args, kwargs = tree_map(_own, (call.args, call.kwargs))
-        with torch.autocast(
+        autocast = torch.autocast(
             self.device.type,
             self.compute_dtype,
             enabled=self.compute_dtype != torch.float32,
-        ):
+        )
+        with tf32(self.device), autocast:
             output = functional_call(layer, given, (hidden, *args), kwargs, strict=True)
         states: torch.Tensor = (
             output[0] if isinstance(output, (tuple, list)) else output

@@ -60,6 +60,14 @@ def test_merge_time_compares_every_granularity_with_linear():
         assert 0 < number(row["of which digests"]) < seconds
 
 
+def test_compute_dtype_compares_time_and_gap():
+    (rows,) = tables(benchmark("performance/compute_dtype", "--quick"))
+    assert [row["pair"] for row in rows] == ["random-128"]
+    for dtype in ("float32", "bfloat16"):
+        assert number(rows[0][f"{dtype}: seconds"]) > 0
+        assert 0 < number(rows[0][f"mean gap, {dtype}"]) < 1
+
+
 def test_random_kills_leave_the_same_bytes():
     kills, phases = tables(benchmark("performance/random_kills", "--quick"))
     assert [row["files"] for row in kills] == ["identical"] * 4

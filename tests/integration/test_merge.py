@@ -179,6 +179,9 @@ def test_a_coefficients_file_is_reused_until_an_input_changes(
     write_calibration(calibration, count=18)
     assert not again(epochs=2)
     assert again(epochs=2)
+    assert not again(epochs=2, compute_dtype="bfloat16")
+    assert again(epochs=2)  # by `auto`: made on whatever device
+    assert not again(epochs=2, compute_dtype="float32")
 
 
 def test_coefficients_alone_reproduce_the_merge(pair, merged, tmp_path, mergekit_yaml):

@@ -70,6 +70,40 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert not solved(tmp_path)
 
 
+KILLED_BEFORE_IT_TIDIES = """
+import os, signal, sys
+from mergekit.scripts.run_yaml import main
+from rpam_mergekit.formats.solved_layers import SolvedLayers
+from rpam_mergekit.merging.hooks import activate
+SolvedLayers.remove = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+activate()
+main(sys.argv[1:])
+"""
+
+
+def test_what_a_run_killed_behind_its_last_write_leaves_goes_with_the_next(
+    pair, tmp_path
+):
+    _, *arguments = command(tmp_path, pair, parameters={"epochs": 2})
+    killed = run(["python", "-c", KILLED_BEFORE_IT_TIDIES, *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / COEFFICIENTS).exists()
+    assert solved(tmp_path)
+    begun = (pair / "long" / "model.safetensors").read_bytes()[:1000]
+    left = [tmp_path / "out" / name for name in (".tmpaB3dE9", ".tmp000000")]
+    users = tmp_path / "out" / ".tmpNotes1"
+    users.write_text("notes")
+    for path, content in zip(left, (begun, bytes(100)), strict=True):
+        path.write_bytes(content)
+    process = run(["mergekit-yaml", *arguments])
+    assert process.returncode == 0, process.stderr
+    assert "coefficients reused" in process.stderr
+    rpam = {path.name for path in (tmp_path / "out" / "rpam").iterdir()}
+    assert rpam == {COEFFICIENTS.name, f".{COEFFICIENTS.name}.lock"}
+    assert not any(path.exists() for path in left)
+    assert users.read_text() == "notes"
+
+
 def test_a_killed_runs_layers_are_not_those_of_other_settings(pair, tmp_path):
     arguments = command(tmp_path, pair, parameters=SLOWLY)
     process = start(arguments)
