@@ -58,12 +58,12 @@ from rpam_mergekit.text import aligned
 PLACES = {"device": "the device", "host": "the host", "disk": "disk"}
 
 
-def fit(merge: Merge, default: Path) -> Path:
+def fit(merge: Merge, default: Path, variant: type[PrePass] | None = None) -> Path:
     """Return the coefficients file of a merge, running the pre-pass if need be.
 
     It lies where `parameters.coefficients` says, else at `default`. Of several
-    processes the first reads and writes it. Raises `RpamError` for whatever cannot be
-    merged, before the pre-pass.
+    processes the first reads and writes it. variant: of the pre-pass. Raises
+    `RpamError` for whatever cannot be merged, before the pre-pass.
     """
     request, processes = merge.request, merge.processes
     named, path = request.settings.coefficients, merge.coefficients(default)
@@ -79,7 +79,7 @@ def fit(merge: Merge, default: Path) -> Path:
         return path
     return_freed_memory()
     queries, end = encode_queries(merge)
-    prepass = prepass_of(merge, queries, end)
+    prepass = prepass_of(merge, queries, end, variant or PrePass)
     first = processes.rank == 0
     fingerprint = processes.broadcast(merge.fingerprint(queries) if first else {})
     on_hub = named is not None and is_hub_path(named)
@@ -109,13 +109,17 @@ def fit(merge: Merge, default: Path) -> Path:
 
 
 def fit_document(
-    document: Document, options: MergeOptions, out: str | Path | None = None
+    document: Document,
+    options: MergeOptions,
+    out: str | Path | None = None,
+    variant: type[PrePass] | None = None,
 ) -> Path:
     """Run the pre-pass of the merge that a config describes; write no model.
 
     out: the coefficients file; None: what `parameters.coefficients` names. Started by
-    torchrun, all processes share the calibration set. Returns the file. Raises
-    `RpamError` for whatever keeps the config from being merged.
+    torchrun, all processes share the calibration set. variant: of the pre-pass, which
+    the file does not name. Returns the file. Raises `RpamError` for whatever keeps the
+    config from being merged.
     """
     assert document.config is not None
     config = document.config
@@ -133,7 +137,7 @@ def fit_document(
         with joined(local_device(options.device or "cpu")) as processes:
             merge = Merge(config, options, examination, processes)
             merge.load()
-            return fit(merge, IN_OUTPUT)
+            return fit(merge, IN_OUTPUT, variant)
 
 
 def encode_queries(merge: Merge) -> tuple[list[EncodedQuery], int | None]:
@@ -157,7 +161,10 @@ def encode_queries(merge: Merge) -> tuple[list[EncodedQuery], int | None]:
 
 
 def prepass_of(
-    merge: Merge, queries: Sequence[EncodedQuery], end: int | None
+    merge: Merge,
+    queries: Sequence[EncodedQuery],
+    end: int | None,
+    variant: type[PrePass],
 ) -> PrePass:
     """Return the pre-pass of a merge. Raises `RpamError` for what cannot be replayed.
 
@@ -171,7 +178,7 @@ def prepass_of(
         merge.compute_dtype,
     )
     solving, held_out = split_queries(queries, settings.held_out, settings.seed)
-    return PrePass(
+    return variant(
         ExpertWeights(
             merge.models, merge.layout, decoder, config.dtype, config.out_dtype
         ),

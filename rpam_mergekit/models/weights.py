@@ -70,12 +70,10 @@ class ExpertWeights:
         self.decoder = decoder
         self.dtype = dtype
         self._outside = {info.name: info for info in layout.outside}
-        self.out_dtypes = {w.name: _dtype(w, out_dtype) for w in layout.outside}
-        decoder.check_outside(set(self.out_dtypes))
+        self.out_dtypes = {w.name: _dtype(w, out_dtype) for w in layout.weights}
+        decoder.check_outside(set(self._outside))
         for index, weights in enumerate(layout.layers):
-            names = {decoder.relative_name(index, w.name): w for w in weights}
-            decoder.check_names(index, set(names))
-            self.out_dtypes |= {n: _dtype(w, out_dtype) for n, w in names.items()}
+            decoder.check_names(index, [weight.name for weight in weights])
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -105,21 +103,14 @@ class ExpertWeights:
         """Return tensors outside the layers of one model; 0 is the base."""
         return self._load(expert, [self._outside[name] for name in names])
 
-    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
-        """Return a layer's names within itself by full name, and all models' weights.
-
-        The weights are by the names within the layer.
-        """
-        infos = self.layout.layers[index]
-        within = {w.name: self.decoder.relative_name(index, w.name) for w in infos}
+    def layer(self, index: int) -> list[Weights]:
+        """Return all models' weights of a layer."""
         models = range(len(self.models.every))
-        return within, [self.layer_of(index, number) for number in models]
+        return [self.layer_of(index, number) for number in models]
 
     def layer_of(self, index: int, expert: int) -> Weights:
-        """Return one model's weights of a layer, by the names within the layer."""
-        weights = self._load(expert, self.layout.layers[index])
-        name = self.decoder.relative_name
-        return {name(index, full): value for full, value in weights.items()}
+        """Return one model's weights of a layer."""
+        return self._load(expert, self.layout.layers[index])
 
     def _load(self, expert: int, infos: Sequence[WeightInfo]) -> Weights:
         model = self.models.every[expert]
@@ -127,7 +118,7 @@ class ExpertWeights:
 
     def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""
-        return LayerMerge.of(experts, self.out_dtypes)
+        return LayerMerge.of(experts, self.out_dtypes, self.entry)
 
 
 def _dtype(weight: WeightInfo, out_dtype: str | None) -> torch.dtype | None:

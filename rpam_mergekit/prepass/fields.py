@@ -6,7 +6,7 @@ element; or `low_rank`, a field of rows, columns and a product of low rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,10 +14,11 @@ from rpam_mergekit.formats.coefficients import coefficient, in_file
 
 
 class LayerCoefficients:
-    """The coefficients of one decoder layer, as leaves that a solver can move.
+    """One other model's coefficients of a decoder layer, as leaves that a solver moves.
 
-    `shapes` maps each of the layer's weights to its shape; the names are relative to
-    the layer. `fixed` weights keep the number the user set. All start at `initial`.
+    `shapes` maps the entry of each of the layer's weights to the weight's shape;
+    `module` returns the module that it belongs to. `fixed` entries keep the number the
+    user set. All start at `initial`.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class LayerCoefficients:
         granularity: str,
         rank: int = 0,
         initial: float = 0.5,
+        module: Callable[[str], str] | None = None,
         fixed: Mapping[str, float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -48,7 +50,9 @@ class LayerCoefficients:
                 number = torch.tensor(fixed[name], dtype=dtype, device=device)
                 self.parts[name] = {"scalar": number}
             elif granularity in ("layer", "module", "tensor"):
-                group = _group(name, granularity)
+                group = "" if granularity == "layer" else name
+                if granularity == "module" and module is not None:
+                    group = module(name)
                 if group not in shared:
                     shared[group] = leaf(torch.tensor(initial))
                 self.parts[name] = {"scalar": shared[group]}
@@ -68,10 +72,6 @@ class LayerCoefficients:
                     field["right"] = leaf(torch.zeros(*experts, rank, columns))
                 self.parts[name] = field
 
-    def coefficient(self, name: str) -> torch.Tensor:
-        """Return the coefficient of one weight, broadcastable to it."""
-        return coefficient(self.parts[name])
-
     def penalty(self) -> torch.Tensor:
         """Return the mean over weights of the mean squared departure from `initial`."""
         departures = [
@@ -84,7 +84,7 @@ class LayerCoefficients:
     def solved(
         self, dtype: torch.dtype = torch.float32
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """Return every weight's parts, detached, rounded to the file's `dtype`.
+        """Return every entry's parts, detached, rounded to the file's `dtype`.
 
         In float32, as they are read from it.
         """
@@ -108,10 +108,3 @@ def count_numbers(shape: torch.Size, granularity: str, rank: int) -> int:
         return rows
     experts = shape[:-2].numel()
     return (rows + experts * shape[-1]) * (1 + rank)
-
-
-def _group(name: str, granularity: str) -> str:
-    """Return what shares a scalar with `name`: its layer, its module, or nothing."""
-    if granularity == "layer":
-        return ""
-    return name.split(".")[0] if granularity == "module" else name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.formats.coefficients import add_task_vectors
+from rpam_mergekit.formats.coefficients import add_task_vectors, coefficient
 from rpam_mergekit.prepass import solver
 from rpam_mergekit.prepass.fields import LayerCoefficients
 from rpam_mergekit.prepass.measures import expert_distance, objective
@@ -69,17 +69,19 @@ class LayerProblem:
         self.scale = expert_distance(streams, processes)
         self.base = {n: self._cast(value) for n, value in weights.base.items()}
         self.vectors = {
-            n: [self._cast(v) for v in of] for n, of in weights.vectors.items()
+            name: {entry: self._cast(vector) for entry, vector in vectors.items()}
+            for name, vectors in weights.vectors.items()
         }
 
     def merged(self) -> Weights:
         """Return the merged weights, differentiable in the coefficients."""
+        parts = {n: p for of in self.coefficients for n, p in of.parts.items()}
         return self.base | {
             name: add_task_vectors(
                 self.base[name],
-                zip((c.coefficient(name) for c in self.coefficients), of, strict=True),
+                ((coefficient(parts[entry]), v) for entry, v in vectors.items()),
             )
-            for name, of in self.vectors.items()
+            for name, vectors in self.vectors.items()
         }
 
     def loss(self, number: int) -> torch.Tensor:

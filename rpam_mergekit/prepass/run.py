@@ -14,9 +14,9 @@ time, of all models; the calibration set's activations lie where the store is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -55,7 +55,10 @@ from rpam_mergekit.settings import RpamSettings
 
 
 class PrePass:
-    """One run of the pre-pass; `streams` holds the hidden states when it has ended."""
+    """One run of the pre-pass; `streams` holds the hidden states when it has ended.
+
+    A variant overrides `outside`, `entered` or `minimise`.
+    """
 
     def __init__(
         self,
@@ -108,12 +111,12 @@ class PrePass:
         done = self.processes.broadcast(set(solution.solved))
         recorder = self._recorder(self.batches)
         chosen = self._most_divergent(recorder)
-        self.streams = self._entered(recorder)
+        self.streams = self.entered(recorder)
         probes = [batch for batches in self.measured.values() for batch in batches]
         if probes:
-            streams = self._recorder(probes).streams(self._outside())
+            streams = self._recorder(probes).streams(self.outside())
             self.probes = Probes(streams, probes)
-        solution.solved[OUTSIDE] = LayerSolution(self._outside(), None, self._state)
+        solution.solved[OUTSIDE] = LayerSolution(self.outside(), None, self._state)
         solves = self.settings.steps_of(len(self.batches))
         with tqdm(
             total=solution.count * solves,
@@ -143,10 +146,10 @@ class PrePass:
     def _head(self, expert: int | None) -> Weights:
         """Return the weights outside the layers of an expert; None: of the merge."""
         if expert is None:
-            return merged_outside(self.experts, self._outside(), embeddings=False)
+            return merged_outside(self.experts, self.outside(), embeddings=False)
         return float32(self.experts.load(expert, self.experts.outside))
 
-    def _outside(self) -> Entries:
+    def outside(self) -> Entries:
         """Return the coefficients of what is outside the layers."""
         weight = self.settings.outside_weight / self.others
         names = [
@@ -156,8 +159,9 @@ class PrePass:
         ]
         return {n: {"scalar": torch.tensor(self.fixed.get(n, weight))} for n in names}
 
-    def _entered(self, recorder: Recorder) -> list[Stream]:
-        return recorder.streams(self._outside())
+    def entered(self, recorder: Recorder) -> list[Stream]:
+        """Return the streams where they enter the first layer."""
+        return recorder.streams(self.outside())
 
     def _recorder(self, batches: Sequence[Batch]) -> Recorder:
         return Recorder(
@@ -178,52 +182,43 @@ class PrePass:
         most = max(1, round(self.settings.layers * count))
         if most == count:
             return set(range(count))
-        self.streams = self._entered(recorder)
+        self.streams = self.entered(recorder)
         divergences = []
         for index in tqdm(range(count), desc="divergence", disable=self.quiet):
-            _, experts = self.experts.layer(index)
-            self.run_experts(index, experts)
+            self.run_experts(index, self.experts.layer(index))
             divergences.append(divergence(self.streams, self.processes))
         order = sorted(range(count), key=lambda index: -divergences[index])
         return set(order[:most])
 
     def _repeat(self, index: int, solution: LayerSolution) -> None:
         """Send the streams through a layer that has been solved before."""
-        relative, experts = self.experts.layer(index)
-        self.run_experts(index, experts)
-        weights = self.experts.merging(experts)
-        solved = self.by_model(solution.entries, relative)
-        for stream, hidden in self._advanced(index, weights, solved):
+        weights = self._load_layer(index)
+        for stream, hidden in self._advanced(index, weights, solution.entries):
             stream.merged = hidden
-        self._advance_probes(index, weights, solved, relative)
+        self._advance_probes(index, weights, solution.entries)
         state = torch.frombuffer(bytearray(solution.generator), dtype=torch.uint8)
         self.generator.set_state(state)
 
     def _solve_layer(
         self, index: int, optimised: bool, progress: tqdm[NoReturn]
     ) -> tuple[Entries, LayerReport]:
-        relative, experts = self.experts.layer(index)
-        self.run_experts(index, experts)
-        weights = self.experts.merging(experts)
+        weights = self._load_layer(index)
         coefficients = [
-            self._initial(number, weights, relative) for number in range(self.others)
+            self._initial(index, number, weights) for number in range(self.others)
         ]
-        before = [c.solved(self._file_dtype) for c in coefficients]
-        gap_before = self.layer_gap(index, weights, before)
+        gap_before = self.layer_gap(index, weights, self._solved(coefficients))
         if optimised and any(c.leaves for c in coefficients):
-            self._minimise(index, weights, coefficients, progress)
-        solved = [c.solved(self._file_dtype) for c in coefficients]
-        gap_after = self.layer_gap(index, weights, solved, advance=True)
+            self.minimise(index, weights, coefficients, progress.update)
+        entries = self._solved(coefficients)
+        gap_after = self.layer_gap(index, weights, entries, advance=True)
         if not math.isfinite(gap_after):
             raise RpamError(
                 f"layer {index}: the merged weights give hidden states that are not "
                 "finite numbers. Lower parameters.learning_rate (now "
                 f"{self.settings.learning_rate}) or use coefficient_dtype: float32."
             )
-        self._advance_probes(index, weights, solved, relative)
-        mean = torch.stack(
-            [coefficient(parts).mean() for of in solved for parts in of.values()]
-        )
+        self._advance_probes(index, weights, entries)
+        mean = torch.stack([coefficient(parts).mean() for parts in entries.values()])
         report = LayerReport(
             index,
             gap_before,
@@ -233,49 +228,35 @@ class PrePass:
             optimised,
             heaviest_token(self.streams, self.processes),
         )
-        entries = {
-            self.experts.entry(number, name): of[within]
-            for number, of in enumerate(solved)
-            for name, within in relative.items()
-            if within in of
-        }
         return entries, report
 
     def _initial(
-        self, number: int, weights: LayerMerge, relative: Mapping[str, str]
+        self, index: int, number: int, weights: LayerMerge
     ) -> LayerCoefficients:
         """Return the coefficients of one other model's weights, not yet solved."""
-        entries = {self.experts.entry(number, n): name for n, name in relative.items()}
+        names = {self.experts.entry(number, name): name for name in weights.vectors}
         return LayerCoefficients(
-            {name: vectors[number].shape for name, vectors in weights.vectors.items()},
+            {entry: weights.base[name].shape for entry, name in names.items()},
             granularity=self.settings.granularity,
             rank=self.settings.rank,
             initial=self.settings.initial_weight / self.others,
-            fixed={entries[n]: c for n, c in self.fixed.items() if n in entries},
+            module=lambda entry: self.decoder.module(index, names[entry]),
+            fixed=self.fixed,
             dtype=solving_dtype(self.settings, self.decoder.device),
             device=self.decoder.device,
             generator=self.generator,
         )
 
-    def by_model(
-        self, entries: Entries, relative: Mapping[str, str]
-    ) -> list[dict[str, Weights]]:
-        """Return a layer's entries by other model and by name within the layer."""
-        return [
-            {
-                within: entries[name]
-                for name, within in (
-                    (self.experts.entry(number, n), w) for n, w in relative.items()
-                )
-                if name in entries
-            }
-            for number in range(self.others)
-        ]
-
-    @property
-    def _file_dtype(self) -> torch.dtype:
+    def _solved(self, coefficients: Sequence[LayerCoefficients]) -> Entries:
+        """Return the coefficients of all other models, rounded as the file has them."""
         dtype: torch.dtype = getattr(torch, self.settings.coefficient_dtype)
-        return dtype
+        return {n: parts for c in coefficients for n, parts in c.solved(dtype).items()}
+
+    def _load_layer(self, index: int) -> LayerMerge:
+        """Send the experts' streams through a layer; return its weights, to merge."""
+        experts = self.experts.layer(index)
+        self.run_experts(index, experts)
+        return self.experts.merging(experts)
 
     @torch.no_grad()
     def run_experts(self, index: int, experts: Sequence[Weights]) -> None:
@@ -289,22 +270,10 @@ class PrePass:
         weigh_layer(self.streams, self.settings.token_scale, self.processes)
 
     def _advance_probes(
-        self,
-        index: int,
-        weights: LayerMerge,
-        solved: Sequence[Mapping[str, Weights]],
-        relative: Mapping[str, str],
+        self, index: int, weights: LayerMerge, entries: Entries
     ) -> None:
         """Send the probes through a solved layer, at every scale."""
-        fixed = [
-            frozenset(
-                within
-                for name, within in relative.items()
-                if self.experts.entry(number, name) in self.fixed
-            )
-            for number in range(len(solved))
-        ]
-        self.probes.advance(self.decoder, index, weights, solved, fixed)
+        self.probes.advance(self.decoder, index, weights, entries, self.fixed)
 
     def _operating_point(self) -> OperatingPoint:
         """Return the scale of the coefficients, and how the merge routes there."""
@@ -317,10 +286,10 @@ class PrePass:
 
     @torch.no_grad()
     def _advanced(
-        self, index: int, weights: LayerMerge, solved: Sequence[Mapping[str, Weights]]
+        self, index: int, weights: LayerMerge, entries: Entries
     ) -> Iterator[tuple[Stream, torch.Tensor]]:
         """Yield the merged streams after this layer, with the weights as written."""
-        written = weights.written(solved)
+        written = weights.written(entries)
         for stream in self.streams:
             call = stream.calls[index]
             yield stream, self.decoder.replay(index, written, stream.merged, call)
@@ -329,26 +298,27 @@ class PrePass:
         self,
         index: int,
         weights: LayerMerge,
-        solved: Sequence[Mapping[str, Weights]],
+        entries: Entries,
         advance: bool = False,
     ) -> float:
         """Return the gap that a layer's coefficients leave; `advance` the streams."""
 
         def merged() -> Iterator[torch.Tensor]:
-            for stream, hidden in self._advanced(index, weights, solved):
+            for stream, hidden in self._advanced(index, weights, entries):
                 if advance:
                     stream.merged = hidden
                 yield hidden
 
         return gap(self.streams, merged(), self.processes)
 
-    def _minimise(
+    def minimise(
         self,
         index: int,
         weights: LayerMerge,
         coefficients: Sequence[LayerCoefficients],
-        progress: tqdm[NoReturn],
+        step: Callable[[], Any],
     ) -> None:
+        """Optimise a layer's coefficients on the streams; calls `step` after a step."""
         LayerProblem(
             self.decoder,
             index,
@@ -358,7 +328,7 @@ class PrePass:
             self.settings,
             self.processes,
             self._opening_of(index),
-        ).minimise(self.generator, progress.update)
+        ).minimise(self.generator, step)
 
     def _opening_of(self, index: int) -> Opening | None:
         """Return what the opening's term needs, where it belongs; else None.

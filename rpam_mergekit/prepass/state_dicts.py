@@ -55,7 +55,7 @@ class StateDictExperts:
         self._outside = [name for name in names if not name.startswith(prefix)]
         head = _head_of(self.decoder.model)
         self._embeddings = [name for name in self._outside if name not in head]
-        self._layers: list[dict[str, str]] = [{} for _ in self.decoder.layers]
+        self._layers: list[list[str]] = [[] for _ in self.decoder.layers]
         for name in names:
             if name.startswith(prefix):
                 index = int(name.removeprefix(prefix).partition(".")[0])
@@ -63,8 +63,7 @@ class StateDictExperts:
                     raise RpamError(
                         f"{name}: the config has {len(self._layers)} decoder layers."
                     )
-                within = self.decoder.relative_name(index, name)
-                self._layers[index][name] = within
+                self._layers[index].append(name)
         if not any(self._layers):
             raise RpamError(
                 f"no tensor is called {prefix}...: give the state dicts of "
@@ -72,7 +71,7 @@ class StateDictExperts:
             )
         self.decoder.check_outside(set(self._outside))
         for index, layer in enumerate(self._layers):
-            self.decoder.check_names(index, set(layer.values()))
+            self.decoder.check_names(index, layer)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -103,23 +102,18 @@ class StateDictExperts:
         model, device = self._models[expert], self.decoder.device
         return {name: model[name].detach().to(device) for name in names}
 
-    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
-        """Return a layer's names within itself by full name, and all models' weights.
-
-        The weights are by the names within the layer.
-        """
+    def layer(self, index: int) -> list[Weights]:
+        """Return all models' weights of a layer."""
         models = range(len(self._models))
-        return self._layers[index], [self.layer_of(index, n) for n in models]
+        return [self.layer_of(index, number) for number in models]
 
     def layer_of(self, index: int, expert: int) -> Weights:
-        """Return one model's weights of a layer, by the names within the layer."""
-        names = self._layers[index]
-        weights = self.load(expert, list(names))
-        return {names[name]: value for name, value in weights.items()}
+        """Return one model's weights of a layer."""
+        return self.load(expert, self._layers[index])
 
     def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""
-        return LayerMerge.of(experts, dict.fromkeys(experts[0]))
+        return LayerMerge.of(experts, dict.fromkeys(experts[0]), self.entry)
 
 
 def merge_state_dicts(
@@ -134,37 +128,24 @@ def merge_state_dicts(
     merged: Weights = {}
     for name in experts.outside:
         weights = [experts.load(n, [name]) for n in range(len(experts.patterns))]
-        merged |= _merged(experts, weights, entries, {name: name})
+        merged |= _merged(experts, weights, entries)
     of_layers = {
         name: parts if name in fixed else scaled(parts, scale)
         for name, parts in entries.items()
     }
     for index in range(experts.layers):
-        names, weights = experts.layer(index)
-        merged |= _merged(experts, weights, of_layers, names)
+        merged |= _merged(experts, experts.layer(index), of_layers)
     return merged
 
 
 def _merged(
-    experts: Experts,
-    weights: Sequence[Weights],
-    entries: Mapping[str, Mapping[str, torch.Tensor]],
-    names: Mapping[str, str],
+    experts: Experts, weights: Sequence[Weights], entries: Mapping[str, Weights]
 ) -> Weights:
-    """Return tensors merged by their entries; `names` maps full names to `weights`'."""
+    """Return tensors merged by their entries, in the dtype they are written in."""
     merging = experts.merging(weights)
-    solved = [
-        {
-            within: dict(entries[experts.entry(number, name)])
-            for name, within in names.items()
-            if within in merging.vectors
-        }
-        for number in range(len(experts.patterns) - 1)
-    ]
-    written = merging.written(solved)
     return {
-        name: written[within].to(merging.dtypes.get(within, written[within].dtype))
-        for name, within in names.items()
+        name: value.to(merging.dtypes.get(name, value.dtype))
+        for name, value in merging.written(entries).items()
     }
 
 

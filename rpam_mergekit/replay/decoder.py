@@ -10,7 +10,7 @@ with any weights, in any order, and differentiated through.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -78,7 +78,8 @@ class Decoder:
     def relative_name(self, index: int, tensor: str) -> str:
         """Return the name within layer `index` of the checkpoint's `tensor`.
 
-        Checkpoints may lack the prefix of the modules around the list of layers.
+        Only a layer's own code needs it. Checkpoints may lack the prefix of the modules
+        around the list of layers.
         """
         marker = f"{self.path.rpartition('.')[2]}.{index}."
         _, found, name = tensor.partition(marker)
@@ -89,8 +90,13 @@ class Decoder:
             )
         return name
 
-    def check_names(self, index: int, names: set[str]) -> None:
-        """Raise `RpamError` unless `names` are exactly the weights of layer `index`."""
+    def module(self, index: int, tensor: str) -> str:
+        """Return the module of layer `index` that has the checkpoint's `tensor`."""
+        return self.relative_name(index, tensor).partition(".")[0]
+
+    def check_names(self, index: int, tensors: Iterable[str]) -> None:
+        """Raise `RpamError` unless `tensors` are exactly the weights of a layer."""
+        names = {self.relative_name(index, tensor) for tensor in tensors}
         needed = {name for name, _ in self.layers[index].named_parameters()}
         buffers = {name for name, _ in self.layers[index].named_buffers()}
         lacking, unknown = needed - names, names - needed - buffers
@@ -180,10 +186,11 @@ class Decoder:
     ) -> torch.Tensor:
         """Return what layer `index` makes of `hidden` with `weights`.
 
-        `weights` are by name within the layer; all of them must be given.
+        `weights` are by the checkpoint's names; all of the layer must be given.
         """
         layer = self.layers[index]
-        given = {**dict(layer.named_buffers()), **weights}
+        named = {self.relative_name(index, n): value for n, value in weights.items()}
+        given = {**dict(layer.named_buffers()), **named}
         args, kwargs = tree_map(_own, (call.args, call.kwargs))
         autocast = torch.autocast(
             self.device.type,

@@ -18,7 +18,8 @@ class Experts(Protocol):
 
     patterns: the pattern that each model stands for. outside: the names of the tensors
     outside the decoder layers; embeddings: of those that come before the layers.
-    Weights are tensors by name, in their own dtype, on the device of the decoder.
+    Weights are tensors by the names they have in the checkpoint, in their own dtype, on
+    the device of the decoder.
     """
 
     decoder: Decoder
@@ -45,14 +46,11 @@ class Experts(Protocol):
     def load(self, expert: int, names: Sequence[str]) -> Weights:
         """Return tensors outside the layers of one model; 0 is the base."""
 
-    def layer(self, index: int) -> tuple[dict[str, str], list[Weights]]:
-        """Return a layer's names within itself by full name, and all models' weights.
-
-        The weights are by the names within the layer.
-        """
+    def layer(self, index: int) -> list[Weights]:
+        """Return all models' weights of a layer."""
 
     def layer_of(self, index: int, expert: int) -> Weights:
-        """Return one model's weights of a layer, by the names within the layer."""
+        """Return one model's weights of a layer."""
 
     def merging(self, experts: Sequence[Weights]) -> LayerMerge:
         """Return what a merge needs of all models' weights, which are emptied."""

@@ -118,8 +118,5 @@ def merged_outside(experts: Experts, entries: Entries, *, embeddings: bool) -> W
     merged: Weights = {}
     for name in experts.embeddings if embeddings else experts.outside:
         weights = [experts.load(number, [name]) for number in range(models)]
-        solved = [
-            {name: entries[experts.entry(number, name)]} for number in range(models - 1)
-        ]
-        merged |= experts.merging(weights).written(solved)
+        merged |= experts.merging(weights).written(entries)
     return merged

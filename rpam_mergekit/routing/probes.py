@@ -8,7 +8,7 @@ and head give the log-probabilities of the positive expert's response.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,20 +49,20 @@ class Probes:
         decoder: Decoder,
         index: int,
         weights: LayerMerge,
-        solved: Sequence[Mapping[str, Weights]],
-        fixed: Sequence[frozenset[str]],
+        entries: Mapping[str, Weights],
+        fixed: Container[str],
     ) -> None:
         """Send the merged streams through layer `index`, at every scale.
 
-        solved: coefficient parts by name within the layer, of every other model; fixed:
-        the names that the user has set, which are not scaled.
+        entries: the layer's coefficient parts; fixed: the entries that the user has
+        set, which are not scaled.
         """
         for number, scale in enumerate(SCALES):
             written = weights.written(
-                [
-                    {n: p if n in kept else scaled(p, scale) for n, p in of.items()}
-                    for of, kept in zip(solved, fixed, strict=True)
-                ]
+                {
+                    name: parts if name in fixed else scaled(parts, scale)
+                    for name, parts in entries.items()
+                }
             )
             for stream, merged in zip(self.streams, self.merged, strict=True):
                 merged[number] = decoder.replay(

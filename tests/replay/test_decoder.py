@@ -75,7 +75,9 @@ def test_replay_equals_the_ordinary_forward_bit_for_bit(name):
     hidden, calls = decoder.record(outside, ids, mask)
     assert len(calls) == len(layers)
     for index, layer in enumerate(layers):
-        weights = dict(layer.named_parameters())
+        weights = {
+            f"{decoder.path}.{index}.{n}": p for n, p in layer.named_parameters()
+        }
         hidden = decoder.replay(index, weights, hidden, calls[index])
         assert torch.equal(hidden, expected[index]), f"layer {index}"
 
@@ -92,7 +94,7 @@ def test_replay_gradient_equals_finite_differences():
     hidden, calls = decoder.record(outside, ids, mask)
     layer = decoder.layers[1]
     weights = {
-        key: torch.randn(value.shape, dtype=torch.float64) * 0.2
+        f"{decoder.path}.1.{key}": torch.randn(value.shape, dtype=torch.float64) * 0.2
         for key, value in layer.named_parameters()
     }
     vectors = {key: torch.randn_like(value) * 0.1 for key, value in weights.items()}
@@ -147,9 +149,12 @@ def test_a_layer_that_does_not_get_the_previous_output_is_refused(monkeypatch):
 
 def test_weights_that_do_not_fit_the_layer_are_named():
     decoder = Decoder(build("llama").config)
-    names = {name for name, _ in decoder.layers[0].named_parameters()}
+    layer = "model.layers.0."
+    names = {layer + name for name, _ in decoder.layers[0].named_parameters()}
     decoder.check_names(0, names)
     with pytest.raises(RpamError, match=r"missing: \['mlp.up_proj.weight'\]"):
-        decoder.check_names(0, names - {"mlp.up_proj.weight"})
+        decoder.check_names(0, names - {f"{layer}mlp.up_proj.weight"})
     with pytest.raises(RpamError, match=r"unknown: \['mlp.extra'\]"):
-        decoder.check_names(0, names | {"mlp.extra"})
+        decoder.check_names(0, names | {f"{layer}mlp.extra"})
+    with pytest.raises(RpamError, match=r"does not belong to decoder layer 0"):
+        decoder.check_names(0, names | {"model.layers.1.mlp.up_proj.weight"})

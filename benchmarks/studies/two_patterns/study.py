@@ -69,7 +69,7 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
     import transformers
     from measure import chat_log_likelihood, held_out, load, measure
-    from variants import prepass_of
+    from variants import fit_variant
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -87,11 +87,13 @@ def run_job(job: Job) -> dict[str, Any]:
             if config["merge_method"] == "rpam":
                 config["parameters"] = calibrated(pair, job, Path(scratch))
             variant = config.get("parameters", {}).pop("variant", None)
-            began = time.perf_counter()
-            with prepass_of(variant):
-                merge(mergekit_config(pair, config), folder, config.get("random_seed"))
-            record["seconds"] = round(time.perf_counter() - began, 2)
             coefficients = folder / "rpam" / "coefficients.safetensors"
+            whole = mergekit_config(pair, config)
+            began = time.perf_counter()
+            if variant is not None:
+                fit_variant(variant, whole, coefficients)
+            merge(whole, folder, config.get("random_seed"))
+            record["seconds"] = round(time.perf_counter() - began, 2)
             if coefficients.exists():
                 record["coefficient_bytes"] = coefficients.stat().st_size
         else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.options import MergeOptions
 from torch.func import functional_call
-from tqdm import tqdm
 
-import rpam_mergekit.merging.fit
+from rpam_mergekit.checks.config_file import document_of
+from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.solved_layers import OUTSIDE, Entries, Solution
+from rpam_mergekit.merging.fit import fit_document
+from rpam_mergekit.merging.hooks import activate
 from rpam_mergekit.prepass.fields import LayerCoefficients
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.calls import Call
@@ -43,18 +46,18 @@ class LearnedOutside(PrePass):
             return functional_call(head, {"weight": rows}, (normed,))
 
         streams = [_stage(s, *s.experts, s.merged) for s in self.streams]
-        leaving = self._learn(self.LEAVING, leave, streams)
+        leaving = self.learn(self.LEAVING, leave, streams)
         outside = solution.solved[OUTSIDE]
         solution.solved[OUTSIDE] = replace(
             outside, entries={**outside.entries, **leaving}
         )
         return solution
 
-    def _outside(self) -> Entries:
-        return super()._outside() | self._embedding
+    def outside(self) -> Entries:
+        return super().outside() | self._embedding
 
-    def _entered(self, recorder: Recorder) -> list[Stream]:
-        entered = super()._entered(recorder)
+    def entered(self, recorder: Recorder) -> list[Stream]:
+        entered = super().entered(recorder)
         (name,) = self.EMBEDDINGS
 
         def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
@@ -64,12 +67,12 @@ class LearnedOutside(PrePass):
             _stage(stream, *[batch.input_ids] * 3)
             for batch, stream in zip(self.batches, entered, strict=True)
         ]
-        self._embedding = self._learn(self.EMBEDDINGS, embed, streams)
+        self._embedding = self.learn(self.EMBEDDINGS, embed, streams)
         for stream, embedded in zip(entered, streams, strict=True):
             stream.merged = embedded.merged
         return entered
 
-    def _learn(
+    def learn(
         self,
         names: tuple[str, ...],
         function: Callable[[Weights, torch.Tensor], torch.Tensor],
@@ -96,9 +99,9 @@ class LearnedOutside(PrePass):
                 initial=self.settings.initial_weight,
                 generator=self.generator,
             )
-            self._minimise(0, weights, [coefficients], tqdm(disable=True))
+            self.minimise(0, weights, [coefficients], lambda: None)
             solved = coefficients.solved()
-            self.layer_gap(0, weights, [solved], advance=True)
+            self.layer_gap(0, weights, solved, advance=True)
         finally:
             self.decoder, self.streams = layers
         return solved
@@ -126,43 +129,44 @@ class EarlyStop(PrePass):
 
     PATIENCE = 3
 
-    def _minimise(
+    def minimise(
         self,
         index: int,
         weights: LayerMerge,
         coefficients: Sequence[LayerCoefficients],
-        progress: tqdm,
+        step: Callable[[], Any],
     ) -> None:
         everything = self.streams
         held_out = everything[::5]
         self.streams = [s for n, s in enumerate(everything) if n % 5]
         leaves = [leaf for c in coefficients for leaf in c.leaves]
-        watch = _Watch(len(self.streams), self.PATIENCE, leaves)
+        watch = Watch(len(self.streams), self.PATIENCE, leaves)
 
         def held_out_gap() -> float:
             training, self.streams = self.streams, held_out
             try:
                 solved = [c.solved() for c in coefficients]
-                return self.layer_gap(index, weights, solved)
+                entries = {name: of[name] for of in solved for name in of}
+                return self.layer_gap(index, weights, entries)
             finally:
                 self.streams = training
 
         watch.figure = held_out_gap
         try:
-            super()._minimise(index, weights, coefficients, watch)  # type: ignore[arg-type]
-        except _Enough:
+            super().minimise(index, weights, coefficients, watch.update)
+        except Enough:
             pass
         finally:
             self.streams = everything
         watch.restore()
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """No epoch was better for too long."""
 
 
-class _Watch:
-    """Stands in for the progress bar: looks at the figure after every epoch."""
+class Watch:
+    """Looks at a figure after every epoch; ends the training when it stops falling."""
 
     figure: Callable[[], float]
 
@@ -181,7 +185,7 @@ class _Watch:
             self.best, self.since = found, 0
             self.kept = [leaf.detach().clone() for leaf in self.leaves]
         if self.since == self.patience:
-            raise _Enough
+            raise Enough
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -192,12 +196,15 @@ class _Watch:
 VARIANTS = {"learned outside": LearnedOutside, "early stop": EarlyStop}
 
 
-@contextmanager
-def prepass_of(variant: str | None) -> Iterator[None]:
-    """Make merges of this process use a variant of the pre-pass; None: the real one."""
-    if variant is not None:
-        rpam_mergekit.merging.fit.PrePass = VARIANTS[variant]
-    try:
-        yield
-    finally:
-        rpam_mergekit.merging.fit.PrePass = PrePass
+def fit_variant(variant: str, config: dict[str, Any], coefficients: Path) -> None:
+    """Solve a merge's coefficients by a variant of the pre-pass.
+
+    A merge that finds them in its output folder takes them, as they were made from the
+    same models, queries and settings.
+    """
+    activate()
+    document = document_of(config)
+    if document.findings:
+        raise RpamError(*document.findings)
+    options = MergeOptions(quiet=True)
+    fit_document(document, options, coefficients, VARIANTS[variant])
