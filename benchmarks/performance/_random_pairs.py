@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 (not in a run)
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
@@ -72,31 +74,45 @@ def small_config(
     )
 
 
+# Of published models: layers, width, that of the MLP, heads, of keys, vocabulary, tied.
+FULL = {
+    "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
+    "qwen3-4b": (36, 2560, 9728, 32, 8, 151936, True),
+    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 152064, False),
+    "qwen2.5-14b": (48, 5120, 13824, 40, 8, 152064, False),
+    "qwen2.5-32b": (64, 5120, 27648, 40, 8, 152064, False),
+    "llama-3.3-70b": (80, 8192, 28672, 64, 8, 128256, False),
+    "qwen3-30b-a3b": (48, 2048, 768, 32, 4, 151936, False),
+}
+
+
 def full_config(name: str, layers: int | None = None) -> PretrainedConfig:
-    """Return the config of `qwen2.5-1.5b`, `qwen3-4b` or `tiny`, with fewer layers."""
+    """Return the config of a model of `FULL` or of `tiny`, with fewer layers."""
     if name == "tiny":
         return small_config(64, layers or 4)
-    shared = {"vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6}
-    if name == "qwen2.5-1.5b":
-        return Qwen2Config(
-            hidden_size=1536,
-            intermediate_size=8960,
-            num_hidden_layers=layers or 28,
-            num_attention_heads=12,
-            num_key_value_heads=2,
-            max_position_embeddings=32768,
+    depth, width, inner, heads, keys, vocabulary, tied = FULL[name]
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers or depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    }
+    if name == "qwen3-30b-a3b":
+        return Qwen3MoeConfig(
             **shared,
+            head_dim=128,
+            moe_intermediate_size=inner,
+            num_experts=128,
+            num_experts_per_tok=8,
         )
-    return Qwen3Config(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=layers or 36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        **shared,
-    )
+    if name.startswith("qwen3"):
+        return Qwen3Config(**shared, head_dim=128)
+    return (LlamaConfig if name.startswith("llama") else Qwen2Config)(**shared)
 
 
 def write_pair(

@@ -16,6 +16,7 @@ import torch
 from rpam_mergekit.chat.prompts import Batch
 from rpam_mergekit.prepass.fields import count_numbers
 from rpam_mergekit.replay.decoder import Decoder
+from rpam_mergekit.replay.recording import BLOCK
 from rpam_mergekit.routing.figures import SCALES
 from rpam_mergekit.settings import RpamSettings
 
@@ -157,11 +158,30 @@ def outside_bytes(shapes: Sequence[Sequence[int]]) -> int:
 def merging_bytes(shapes: Sequence[Sequence[int]], experts: int = 2) -> int:
     """Return the peak memory of merging embeddings, final norm and head.
 
-    The merged ones and, of the largest tensor, base and task vectors, the product, the
-    sum and the rounded result, in float32.
+    The merged ones and, of the largest tensor, all models', each as large as in
+    float32; base and task vectors, the product, the sum and the rounded result are of
+    some rows only.
     """
-    largest = max((torch.Size(shape).numel() * FLOAT for shape in shapes), default=0)
-    return outside_bytes(shapes) + (experts + 3) * largest
+    largest = max((torch.Size(shape).numel() for shape in shapes), default=0)
+    at_a_time = experts * largest + (experts + 3) * min(BLOCK, largest)
+    return outside_bytes(shapes) + FLOAT * at_a_time
+
+
+def peak_bytes(
+    decoder: Decoder,
+    outside: Sequence[Sequence[int]],
+    batches: Sequence[Batch],
+    settings: RpamSettings,
+    experts: int = 2,
+) -> int:
+    """Return the pre-pass's peak memory, without activations on the store.
+
+    outside: the shapes of what is outside the layers.
+    """
+    layer = layer_bytes(decoder, batches, settings, experts)
+    if settings.opening_weight:
+        layer += outside_bytes(outside)
+    return max(layer, merging_bytes(outside, experts))
 
 
 def measure(

@@ -14,10 +14,8 @@ from rpam_mergekit.chat.prompts import Batch, make_batches
 from rpam_mergekit.checks.estimate import (
     Work,
     count_work,
-    layer_bytes,
     measure,
-    merging_bytes,
-    outside_bytes,
+    peak_bytes,
 )
 from rpam_mergekit.checks.examine import Examination
 from rpam_mergekit.checks.examine_document import writes_to
@@ -162,10 +160,7 @@ def _of_prepass(
         for name in own
         if name == info.name or name.endswith(f".{info.name}")
     ]
-    layer = layer_bytes(seen.decoder, batches, settings, experts)
-    if settings.opening_weight:
-        layer += outside_bytes(outside)
-    peak = max(layer, merging_bytes(outside, experts))
+    peak = peak_bytes(seen.decoder, outside, batches, settings, experts)
     on_device = place == "device" or (place == "host" and device.type == "cpu")
     peak += size if on_device else 0
     yield ["peak memory", f"about {readable(peak)} on {device.type} besides libraries"]

@@ -18,6 +18,8 @@ from rpam_mergekit.replay.streams import Stream
 from rpam_mergekit.replay.token_weights import weigh_tokens
 from rpam_mergekit.settings import RpamSettings
 
+BLOCK = 1 << 24  # numbers of a tensor that are merged at a time
+
 
 class Recorder:
     """Records the batches; every query's pattern names one of the models.
@@ -111,12 +113,30 @@ class Recorder:
 def merged_outside(experts: Experts, entries: Entries, *, embeddings: bool) -> Weights:
     """Return the merged weights outside the layers, or of those that come before them.
 
-    As they are written, in float32; `entries` are their coefficients. One tensor of the
-    models is in memory at a time.
+    As they are written, in float32; `entries` are their coefficients, scalars. One
+    tensor of the models is in memory at a time, in their dtype, and what merges it in
+    float32 takes some of its rows at a time.
     """
-    models = len(experts.patterns)
+    models = range(len(experts.patterns))
     merged: Weights = {}
     for name in experts.embeddings if embeddings else experts.outside:
-        weights = [experts.load(number, [name]) for number in range(models)]
-        merged |= experts.merging(weights).written(entries)
+        tensors = [experts.load(number, [name])[name] for number in models]
+        merged[name] = torch.empty_like(
+            tensors[0],
+            dtype=torch.float32 if tensors[0].is_floating_point() else None,
+            memory_format=torch.contiguous_format,
+        )
+        for rows in _blocks(tensors[0]):
+            part = experts.merging([{name: tensor[rows]} for tensor in tensors])
+            merged[name][rows] = part.written(entries)[name]
     return merged
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of the rows that have about `BLOCK` numbers each."""
+    if tensor.dim() < 2:
+        yield slice(None)
+        return
+    step = max(1, BLOCK // max(1, tensor[0].numel()))
+    for start in range(0, len(tensor), step):
+        yield slice(start, start + step)

@@ -145,7 +145,7 @@ def test_an_architecture_is_merged_end_to_end(
 
 def assert_logits_are_the_models(model, prepass: PrePass) -> None:
     """Final norm and head, of single tokens of any queries, give the model's logits."""
-    head = merged_outside(prepass.experts, prepass._outside(), embeddings=False)
+    head = merged_outside(prepass.experts, prepass.outside(), embeddings=False)
     batch, stream = prepass.batches[-1], prepass.streams[-1]
     counted = batch.attention_mask.bool()
     with torch.no_grad():

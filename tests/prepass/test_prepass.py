@@ -9,6 +9,7 @@ from helpers.models import qwen2_config, save_pair, write_calibration
 from helpers.prepass import GRANULARITIES, build
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
+from rpam_mergekit.replay import recording
 from rpam_mergekit.replay.activations import TensorStore
 
 
@@ -256,3 +257,15 @@ def test_coefficients_in_half_precision_are_what_the_streams_ran_with(pair, tmp_
     for half, full in zip(solution.layers, whole.layers, strict=True):
         assert half.gap_after == pytest.approx(full.gap_after, rel=0.02)
         assert half.gap_after != full.gap_after
+
+
+def test_embeddings_are_merged_by_rows_with_the_same_bytes(pair, monkeypatch):
+    prepass = build(pair, outside_weight=0.3)
+    entries = prepass.outside()
+    whole = recording.merged_outside(prepass.experts, entries, embeddings=False)
+    monkeypatch.setattr(recording, "BLOCK", 100)
+    by_rows = recording.merged_outside(prepass.experts, entries, embeddings=False)
+    assert whole.keys() == by_rows.keys()
+    assert any(value.dim() == 2 and value.numel() > 200 for value in whole.values())
+    for name, value in whole.items():
+        assert torch.equal(value, by_rows[name]), name

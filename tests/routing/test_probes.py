@@ -186,7 +186,7 @@ def test_decoder_logits_are_those_of_single_tokens_of_any_queries(many):
     prepass = build(many)
     decoder, experts = prepass.decoder, prepass.experts
     weights = experts.load(0, experts.outside)
-    prepass._recorder(prepass.batches).streams(prepass._outside())
+    prepass._recorder(prepass.batches).streams(prepass.outside())
     hidden = torch.randn(7, decoder.model.config.hidden_size)
     every = decoder.logits(weights, hidden)
     assert every.shape == (7, decoder.model.config.vocab_size)
