@@ -31,6 +31,7 @@ from rpam_mergekit.models.headers import (
 )
 from rpam_mergekit.models.layout import Layout, MergeModels, plan_layout
 from rpam_mergekit.models.patches import loaders_from_headers
+from rpam_mergekit.models.quantised import claim_note, quantised_finding
 from rpam_mergekit.models.references import read_config
 from rpam_mergekit.models.tokenizers import (
     compare_tokenizers,
@@ -86,6 +87,7 @@ def match_models(
         config = collect(found.findings, partial(read_config, model, options))
         if config is not None:
             found.configs[model] = config
+            _read_header(model, config, found)
     if models.base not in found.configs:
         return found
     for model in models.others:
@@ -100,11 +102,31 @@ def match_models(
     return found
 
 
+def _read_header(
+    model: ModelReference, config: PretrainedConfig, found: Matched
+) -> None:
+    """Read what the weights are; of quantised ones nothing else is said."""
+    unreadable: list[str] = []
+    header = collect(unreadable, partial(read_header, model))
+    if header is not None:
+        found.headers[model] = header
+    quantised = quantised_finding(model, config, header)
+    found.findings += [quantised] if quantised else unreadable
+    if quantised is None and header is not None and (note := claim_note(model, config)):
+        found.notes.append(note)
+
+
+def late_findings(matched: Matched) -> list[str]:
+    """Return findings on models of whose tensors nothing was known, now loaded."""
+    findings = []
+    for model, header in matched.headers.items():
+        if header.unknown:
+            config = matched.configs[model]
+            findings.append(quantised_finding(model, config, read_header(model)))
+    return [finding for finding in findings if finding]
+
+
 def _match_shapes(models: MergeModels, found: Matched) -> None:
-    for model in models.every:
-        header = collect(found.findings, partial(read_header, model))
-        if header is not None:
-            found.headers[model] = header
     found.notes += unknown_notes(found.headers)
     base = found.headers.get(models.base)
     for model in models.others:

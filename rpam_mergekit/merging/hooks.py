@@ -33,6 +33,7 @@ from rpam_mergekit.models.patches import (
     fresh_loaders,
     hub_cache,
 )
+from rpam_mergekit.models.quantised import drop_claim
 from rpam_mergekit.outputs import record
 from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.outputs.stock_recipe import RECIPE
@@ -72,6 +73,7 @@ def _run_merge(
 def _complete(merge: Merge, folder: Path) -> list[str]:
     """Complete the folder that mergekit has written; return what is to be said."""
     trusted = merge.options.trust_remote_code
+    drop_claim(folder)
     check_complete(folder, merge.models.base, trusted)
     thinking = merge.request.template.thinking
     removed, said = take_out(folder, thinking, trusted)

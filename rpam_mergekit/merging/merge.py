@@ -25,6 +25,8 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.checks.examine import Examination, config_notes
 from rpam_mergekit.checks.fingerprint import fingerprint_of
+from rpam_mergekit.checks.models import late_findings
+from rpam_mergekit.errors import refuse
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merge_adapters
 from rpam_mergekit.models.layout import Layout, plan_layout
@@ -57,6 +59,7 @@ class Merge:
         self.options = options
         self.request = examination.request
         self.notes = examination.notes
+        self._matched = examination.matched
         self.models = self.request.models
         self.processes = processes or Processes()
         self.compute_dtype: str = self.processes.broadcast(
@@ -79,6 +82,7 @@ class Merge:
             for model in self.config.referenced_models():
                 LoaderCache().get(model)
         self.processes.broadcast(None)
+        refuse(late_findings(self._matched))
         self._architecture = get_architecture_info(self.config, options)
         trusted = options.trust_remote_code
         self._out_config = output_config(self.config, self._architecture, trusted)

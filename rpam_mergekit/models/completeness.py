@@ -13,10 +13,11 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.models.quantised import without_claim
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -58,9 +59,11 @@ def check_complete(
 
 def _lacking(folder: Path, trust_remote_code: bool) -> set[str]:
     """Return the parameters that a checkpoint lacks or has in another shape."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with _silent_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=without_claim(config),
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,

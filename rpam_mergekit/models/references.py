@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from rpam_mergekit.errors import first_line, refuse
 from rpam_mergekit.models.adapters import adapter_findings, adapter_notes
 from rpam_mergekit.models.headers import unreadable
+from rpam_mergekit.models.quantised import gguf_finding
 
 
 def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
@@ -21,6 +22,7 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
     Raises `RpamError` with all that is wrong with it and can be known before weights
     are downloaded.
     """
+    refuse([finding for finding in [gguf_finding(model)] if finding])
     findings: list[str] = []
     config: PretrainedConfig | None = None
     try:
