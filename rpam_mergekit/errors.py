@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+# In a URL; in a header that somebody echoes; keys by their usual look.
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s'\"]+@"), "***@"),
+    (re.compile(r"\b(Bearer|Basic)(\s+|%20)[\w.~+/=-]+", re.IGNORECASE), r"\1\2***"),
+    (re.compile(r"\b(?:sk|hf|gsk|xai)[-_][\w-]{8,}"), "***"),
+)
 
 
 class RpamError(Exception):
@@ -56,3 +63,16 @@ def collect(findings: list[str], read: Callable[[], T]) -> T | None:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the error's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def masked(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return a text without passwords and keys, which stand as ``***``.
+
+    `secrets` are those that are known; others are found by what stands around them.
+    """
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        plain = re.escape(secret)  # a short one may be a part of any word
+        text = re.sub(plain if len(secret) > 3 else rf"\b{plain}\b", "***", text)
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text

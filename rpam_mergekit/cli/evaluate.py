@@ -87,7 +87,13 @@ def sweep_command(
     show_default=True,
     help="Draws of the bootstrap.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the bootstrap's draws, from which the intervals are.",
+)
 @click.option(
     "--tokenizer", help="Counts tokens where a file has none: model or folder."
 )

@@ -63,14 +63,24 @@ from rpam_mergekit.sampling.request import (
     type=click.FloatRange(min=0),
     default=SampleRequest.temperature,
     show_default=True,
+    help="How freely tokens are drawn: 1 as the model predicts them, below 1 the "
+    "likely ones more often, 0 always the likeliest, so that all K responses are the "
+    "same.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=SampleRequest.top_p,
     show_default=True,
+    help="Draw only from the likeliest tokens that together have this probability; 1 "
+    "draws from all.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="[default: off]")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help="Draw only from so many of the likeliest tokens. [default: off; a server may "
+    "have a limit of its own]",
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
@@ -79,7 +89,12 @@ from rpam_mergekit.sampling.request import (
     help="Longest response; one that is cut off counts as not answered.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=SampleRequest.seed, show_default=True
+    "--seed",
+    type=click.IntRange(min=0),
+    default=SampleRequest.seed,
+    show_default=True,
+    help="Of the drawing: every response has a seed of its own, made of this one, so "
+    "that another number gives other responses.",
 )
 @click.option(
     "--base-url",
@@ -294,7 +309,11 @@ class _SeveralExcludes(click.Command):
 )
 @click.option("--balance", is_flag=True, help="As many queries of either pattern.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=LabelRequest.seed, show_default=True
+    "--seed",
+    type=click.IntRange(min=0),
+    default=LabelRequest.seed,
+    show_default=True,
+    help="Of the choice, where --per-pattern or --balance leaves queries out.",
 )
 @click.option(
     "--prompts-only",

@@ -96,11 +96,32 @@ END_TOKENS = (
     "<|return|>",
     "<｜end▁of▁sentence｜>",  # noqa: RUF001
     "<end_of_turn>",
+    "<turn|>",
     "<|END_OF_TURN_TOKEN|>",
+    "<|END_RESPONSE|>",
+    "<|endofturn|>",
     "[|endofturn|]",
+    "<|role_end|>",
+    "<|user|>",
+    "<|observation|>",
+    "<end_of_utterance>",
+    "<seed:eos>",
+    "<|eos|>",
     "<eos>",
+    "[EOS]",
+    "[e~[",
     "</s>",
 )
+# Finish reasons in the words of other APIs: of TGI, Anthropic and Gemini.
+_FINISHES = {
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "max_length": "length",
+    "model_length": "length",
+}
 
 
 def without_end(text: str, markers: Markers, ends: Collection[str] = ()) -> str:
@@ -116,6 +137,21 @@ def without_end(text: str, markers: Markers, ends: Collection[str] = ()) -> str:
         if end is None:
             return text
         text = left[: -len(end)]
+
+
+def finish_of(reason: str) -> str:
+    """Return a finish reason as OpenAI's protocol has it, where it means the same."""
+    plain = reason.strip().lower()
+    return _FINISHES.get(plain, plain)
+
+
+def has_ended(finish: str | None) -> bool:
+    """Tell whether a response ended by itself, as far as is known.
+
+    One that was cut off (``length``), stopped by the server (``abort``, ``error``), by
+    a filter or for a tool has not answered.
+    """
+    return finish in (None, "stop")
 
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{])|\\.|[{}]", re.DOTALL)

@@ -21,7 +21,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.extras import needs
 from rpam_mergekit.grading.answers import Gold, is_correct, quick_verdict
 from rpam_mergekit.grading.brackets import read_turn
-from rpam_mergekit.grading.responses import Markers, final_answers
+from rpam_mergekit.grading.responses import Markers, final_answers, has_ended
 
 if TYPE_CHECKING:
     from pebble import ProcessFuture, ProcessPool
@@ -99,7 +99,7 @@ class Grader:
         """Return a verdict per response of one query.
 
         `texts` are whole turns, begun with `opening`; see `openings`. A response that
-        was cut off by the length limit (finish reason ``length``) has not answered.
+        did not end by itself (see `has_ended`) has not answered.
         Equal answers are graded once.
         """
         pending: dict[tuple[str, ...], asyncio.Future[Verdict]] = {}
@@ -155,19 +155,14 @@ def answers_to_grade(
     opening: str | None = None,
 ) -> tuple[str, ...] | None:
     """Return the answers a response gives, None if it gives none."""
-    if finish == "length":
+    if not has_ended(finish):
         return None
-    read = read_turn(text, opening, markers, has_ended(finish))
+    read = read_turn(text, opening, markers, ended=True)
     found = final_answers(read, text)
     found = [answer for answer in found[-8:] if answer.strip()]
     if not found or len(found[-1]) > _MOST_ANSWER:
         return None
     return tuple(answer for answer in found if len(answer) <= _MOST_ANSWER)
-
-
-def has_ended(finish: str | None) -> bool:
-    """Tell whether a response ended by itself, as far as is known."""
-    return finish in (None, "stop")
 
 
 def _prepare_worker() -> None:

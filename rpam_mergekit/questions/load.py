@@ -30,6 +30,7 @@ from rpam_mergekit.questions.rows import (
     MOST_FINDINGS,
     Dataset,
     UnusableRow,
+    column_of,
     gold_text,
     read_rows,
 )
@@ -207,7 +208,7 @@ def _column(
     row: Mapping[str, Any], named: str | None, usual: Iterable[str], what: str
 ) -> str:
     if named is None:
-        found = next((name for name in usual if name in row), None)
+        found = column_of(row, usual)
         if found is None:
             raise UnusableRow(
                 f"no {what}: expected a field {', '.join(usual)}; found "
@@ -220,6 +221,8 @@ def _column(
 
 
 def read_conversation(messages: Any) -> list[dict[str, str]]:
+    if isinstance(messages, list):
+        messages = [_in_one_piece(message) for message in messages]
     good = isinstance(messages, list) and messages
     if not good or not all(
         isinstance(m, Mapping)
@@ -235,6 +238,17 @@ def read_conversation(messages: Any) -> list[dict[str, str]]:
             f"messages: the last turn is of '{messages[-1]['role']}', expected 'user'."
         )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _in_one_piece(message: Any) -> Any:
+    """Return a turn whose content is one text where it was a list of texts."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, list) or not parts:
+        return message
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        return message
+    return {**message, "content": "".join(map(str, texts))}
 
 
 def read_gold(

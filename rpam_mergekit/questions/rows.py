@@ -125,6 +125,15 @@ def _hub_rows(dataset: Dataset, preset: Preset | None) -> list[dict[str, Any]]:
     return rows
 
 
+def column_of(row: Iterable[str], names: Iterable[str]) -> str | None:
+    """Return the first of the names that a row has; its letters may be of any case."""
+    plain = {key.strip().lower(): key for key in reversed(list(row))}
+    return next(
+        (key for name in names if (key := name if name in row else plain.get(name))),
+        None,
+    )
+
+
 def gold_text(text: str) -> str:
     r"""Return the answer of a text that may hold a rationale.
 

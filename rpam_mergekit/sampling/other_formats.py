@@ -14,13 +14,15 @@ from typing import Any
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.grading.answers import Gold
+from rpam_mergekit.grading.messages import turn_of
+from rpam_mergekit.grading.responses import Markers, finish_of
 from rpam_mergekit.questions.load import (
     ANSWER_COLUMNS,
     QUESTION_COLUMNS,
     read_conversation,
     read_gold,
 )
-from rpam_mergekit.questions.rows import UnusableRow, read_lines
+from rpam_mergekit.questions.rows import UnusableRow, column_of, read_lines
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,18 @@ def _minimal(row: Mapping[str, Any], index: int, name: str) -> ForeignQuery:
             response = {"text": response}
         shared = {"tokens": counts[n], "finish": None, "correct": verdicts[n]}
         response = {**shared, **_mapping(response)}
+        _take_message(response)
         if not isinstance(response.get("text"), str):
             raise UnusableRow(f"responses.{n}: expected a text, or an object with one.")
         _check_response(response, n)
         texts.append(response["text"])
         tokens.append(response["tokens"])
-        finishes.append(response["finish"])
+        finish = response["finish"]
+        finishes.append(None if finish is None else finish_of(finish))
         correct.append(response["correct"])
-    answer = next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None)
-    gold = None if answer is None else read_gold(answer, row)
+    known = {key: value for key, value in row.items() if value is not None}
+    column = column_of(known, ANSWER_COLUMNS)
+    gold = None if column is None else read_gold(row[column], row, column)
     if gold is None and None in correct:
         raise UnusableRow(
             "no 'answer' to grade the responses by, and not every response says "
@@ -105,6 +110,14 @@ def _minimal(row: Mapping[str, Any], index: int, name: str) -> ForeignQuery:
         tuple(finishes),
         tuple(correct),
     )
+
+
+def _take_message(response: dict[str, Any]) -> None:
+    """Give a response that is a server's message its text, as a whole turn."""
+    finish = response.get("finish")
+    if "text" not in response and "content" in response:
+        reason = finish_of(finish) if isinstance(finish, str) else "stop"
+        response["text"], _ = turn_of(response, Markers(), None, reason)
 
 
 def _check_response(response: Mapping[str, Any], n: int) -> None:
@@ -172,14 +185,15 @@ def _prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _query(row: Mapping[str, Any]) -> tuple[str, tuple[dict[str, str], ...]]:
-    text = next((row[c] for c in QUESTION_COLUMNS if isinstance(row.get(c), str)), None)
+    texts = {key: value for key, value in row.items() if isinstance(value, str)}
+    text = texts.get(column_of(texts, QUESTION_COLUMNS) or "")
     if "messages" in row:
         conversation = read_conversation(row["messages"])
         return text or conversation[-1]["content"], tuple(conversation)
     if not text or not text.strip():
         raise UnusableRow(
             f"no question: expected one of the fields {', '.join(QUESTION_COLUMNS)} "
-            "or 'messages'."
+            "(in letters of any case) or 'messages'."
         )
     return text, ({"role": "user", "content": text},)
 

@@ -32,15 +32,15 @@ from rpam_mergekit.grading.brackets import (
     read_turn,
     usual_opening,
 )
-from rpam_mergekit.grading.responses import without_end
-from rpam_mergekit.grading.workers import Grader, has_ended
+from rpam_mergekit.grading.responses import has_ended, without_end
+from rpam_mergekit.grading.workers import Grader
 from rpam_mergekit.questions.load import (
     Question,
 )
 from rpam_mergekit.sampling.other_formats import ForeignQuery, read_foreign
 from rpam_mergekit.sampling.request import GradingOptions
 from rpam_mergekit.sampling.run import Generated, graded
-from rpam_mergekit.sampling.turns import markers_of, thinking_header
+from rpam_mergekit.sampling.turns import end_tokens, markers_of, thinking_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,8 @@ class GradedSamples:
         self.options = options
         self.regrade = regrade
         self.finished = False
+        self._tokenizer = tokenizer_of(options.tokenizer)
+        self._ends = end_tokens(self._tokenizer) if self._tokenizer else ()
         self._ours = SampleReader(path) if is_sample_file(path) else None
         self._rows: list[ForeignQuery] = []
         self.header: dict[str, Any] = {"model": None, "source": path.name}
@@ -128,10 +130,9 @@ class GradedSamples:
                         yield await self._regraded(query, grader)
                 self.finished = self._ours.finished
                 return
-            tokenizer = tokenizer_of(self.options.tokenizer)
             rows = [row for row in self._rows if row.index not in skip]
             for row in tqdm(rows, desc=self.path.name, unit="query"):
-                yield await self._graded(row, grader, tokenizer)
+                yield await self._graded(row, grader)
         self.finished = True
 
     def refuse_unfinished(self, queries: int, partial: bool) -> None:
@@ -154,7 +155,7 @@ class GradedSamples:
         return query.model_copy(update={"responses": responses})
 
     def _turn(self, text: str) -> str:
-        text = without_end(text, self.markers)
+        text = without_end(text, self.markers, self._ends)
         return begun_turn(text, self.opening, self.markers)
 
     async def _regraded(self, query: SampledQuery, grader: Grader) -> SampledQuery:
@@ -177,9 +178,8 @@ class GradedSamples:
         self,
         row: ForeignQuery,
         grader: Grader,
-        tokenizer: PreTrainedTokenizerBase | None,
     ) -> SampledQuery:
-        tokens = row.tokens
+        tokens, tokenizer = row.tokens, self._tokenizer
         if tokenizer is not None:
             tokens = tuple(
                 len(tokenizer(text, add_special_tokens=False)["input_ids"])

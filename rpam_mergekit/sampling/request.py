@@ -7,13 +7,17 @@ This module imports nothing heavy.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from rpam_mergekit.errors import refuse
 
@@ -41,6 +45,9 @@ AT_LEAST = {
     "temperature": 0,
     "top_k": 1,
 }
+_SECRET = re.compile(
+    r"api.?key|secret|password|authorization|(access|auth).?token", re.IGNORECASE
+)
 ABOVE_ZERO = ("requests_per_minute", "timeout", "top_p")
 
 
@@ -204,3 +211,30 @@ class LabelRequest(GradingOptions):
     seed: int = 0
     prompts_only: bool = False
     partial: bool = False
+
+
+def secrets_of(
+    base_urls: Iterable[str], api_key: str, extra_body: Mapping[str, Any]
+) -> set[str]:
+    """Return what no message may show: keys, passwords, and what they are sent as."""
+    found = {value for key, value in extra_body.items() if _is_secret(key, value)}
+    if api_key != "none":
+        found.add(api_key)
+    for url in base_urls:
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(url)
+            user, password = unquote(parts.username or ""), parts.password or ""
+            if password:
+                pair = f"{user}:{unquote(password)}"
+                found |= {password, unquote(password), pair}
+                found.add(base64.b64encode(pair.encode()).decode())
+    return found
+
+
+def recorded(extra_body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the further fields of requests as a file may have them: without keys."""
+    return {k: "***" if _is_secret(k, v) else v for k, v in extra_body.items()}
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and bool(_SECRET.search(key))

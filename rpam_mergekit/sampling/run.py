@@ -32,8 +32,9 @@ from rpam_mergekit.grading.responses import (
     THINKING,
     WRONG,
     Markers,
+    has_ended,
 )
-from rpam_mergekit.grading.workers import Grader, has_ended
+from rpam_mergekit.grading.workers import Grader
 from rpam_mergekit.questions.load import Question
 
 _MOST_UNGRADED = 64  # queries
@@ -94,7 +95,12 @@ class Backend(Protocol):
 
 @dataclass
 class Tally:
-    """Running figures of a sample file."""
+    """Running figures of a sample file.
+
+    stopped: finish reasons of responses that neither ended nor were cut off. alike: the
+    queries of whose several responses no two differ, draws: how often one of these was
+    drawn again. example: the first response, and its right answer.
+    """
 
     queries: int = 0
     responses: int = 0
@@ -102,15 +108,28 @@ class Tally:
     tokens: int = 0
     counted: int = 0
     cut_off: int = 0
+    alike: int = 0
+    draws: int = 0
+    stopped: Counter[str] = field(default_factory=Counter)
+    example: tuple[str, str] | None = None
     thinking: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def add(self, query: SampledQuery) -> None:
         self.queries += 1
+        again = len(query.responses) - 1
+        if again > 0 and len({r.text for r in query.responses}) == 1:
+            self.alike += 1
+            self.draws += again
+        if self.example is None and query.responses and query.gold:
+            self.example = query.responses[0].text, ", ".join(query.gold.values)
         for response in query.responses:
             self.responses += 1
             self.correct += response.correct is True
-            self.cut_off += response.finish == "length"
+            if response.finish == "length":
+                self.cut_off += 1
+            elif response.finish is not None and not has_ended(response.finish):
+                self.stopped[response.finish] += 1
             self.thinking[response.thinking] += 1
             if response.tokens is not None:
                 self.tokens += response.tokens
@@ -131,12 +150,19 @@ class Tally:
         total = max(self.responses, 1)
         thought = sum(self.thinking[state] for state in THINKING)
         mean = "unknown" if self.mean_tokens is None else f"{self.mean_tokens:.1f}"
+        stopped = sum(self.stopped.values())
+        reasons = ", ".join(f"{kind} {n}" for kind, n in self.stopped.most_common())
         lines = [
             f"queries           {self.queries}",
             f"responses         {self.responses}",
             f"accuracy          {self.accuracy:.1%}",
             f"mean tokens       {mean}",
             f"cut off           {self.cut_off / total:.1%}",
+            *(
+                [f"stopped otherwise {stopped / total:.1%} ({reasons}): no answers"]
+                if stopped
+                else []
+            ),
             f"thinking          {thought / total:.1%}",
         ]
         if thought:
@@ -148,10 +174,24 @@ class Tally:
         if self.thinking[ANSWERED]:
             share = self.thinking[ANSWERED] / total
             lines.append(f"answered in the opened block {share:.1%}")
+        if self.example and not self.correct:
+            text, right = self.example
+            lines.append(
+                f"none is right: the first is {shown(text)}, right is {shown(right)}"
+            )
         if self.problems:
             lines.append(f"lost grades       {len(self.problems)}")
             lines += [f"  {problem}" for problem in self.problems[:5]]
         return lines
+
+
+def shown(text: str, most: int = 72) -> str:
+    """Return a text as one line that no terminal obeys: escaped, its middle cut out."""
+    line = repr(text)
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 async def run(

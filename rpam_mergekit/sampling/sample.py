@@ -30,6 +30,7 @@ from rpam_mergekit.sampling.request import (
     SamplingOptions,
     Say,
     log,
+    recorded,
 )
 from rpam_mergekit.sampling.run import (
     Backend,
@@ -45,6 +46,9 @@ from rpam_mergekit.sampling.turns import (
     turns_here,
     turns_served,
 )
+
+# So many draws must be the same as the first ones to be worth a word.
+_FEWEST_DRAWS = 8
 
 
 def sample(request: SampleRequest, say: Say = log) -> Tally:
@@ -102,7 +106,10 @@ async def _sample(request: SampleRequest, say: Say) -> Tally:
         "model": request.model,
         **identity,
         "dataset": questions.description,
-        "sampling": {**settings.model_dump(), "extra_body": dict(request.extra_body)},
+        "sampling": {
+            **settings.model_dump(),
+            "extra_body": recorded(request.extra_body),
+        },
         "thinking": thinking_header(backend.markers, backend.opening),
         "software": _software(),
     }
@@ -119,7 +126,21 @@ async def _sample(request: SampleRequest, say: Say) -> Tally:
         if not writer.finished:
             writer.finish()
     _tell(backend.notes, say)
+    if request.base_url and tally.alike == tally.queries and settings.temperature:
+        _tell(_alike(tally, settings), say)
     return tally
+
+
+def _alike(tally: Tally, settings: SamplingSettings) -> list[str]:
+    """Return a note on a server that seems to ignore the temperature."""
+    if tally.draws < _FEWEST_DRAWS:
+        return []
+    return [
+        f"none of the {tally.queries} queries has two different responses, although "
+        f"the temperature is {settings.temperature:g}: the server ignores it, or the "
+        "model is certain of all that it says. transformers serve samples only where "
+        'generation_config.json has "do_sample": true.'
+    ]
 
 
 async def _backend(

@@ -21,27 +21,25 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.errors import RpamError, first_line, masked, suggestion
 from rpam_mergekit.extras import needs
-from rpam_mergekit.grading.brackets import usual_opening
-from rpam_mergekit.grading.responses import Markers, without_end
+from rpam_mergekit.grading.responses import Markers, finish_of
 from rpam_mergekit.questions.load import Question
+from rpam_mergekit.sampling.request import secrets_of
 from rpam_mergekit.sampling.run import Generated, SamplingSettings, Tasks
-from rpam_mergekit.sampling.turns import Turns
+from rpam_mergekit.sampling.turns import MessageReader, Turns
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI
     from transformers import PreTrainedTokenizerBase
 
 _PASSING = (408, 409, 425, 429)
 _REFUSED = (400, 413, 422)
 _MOST_REFUSED = 8
 _LONGEST_DELAY = 60.0  # seconds, where the server names none
-_SPLIT_NOTE = (
-    "the server splits off the reasoning (a reasoning parser): it was put back between "
-    "the thinking markers, its exact spacing is lost. Start the server without one."
-)
 _NO_COUNT_NOTE = (
     "the server sends no token counts: give --tokenizer to count them, or tokens stay "
     "unknown."
@@ -87,15 +85,8 @@ class ServerBackend:
         with needs("sample"):
             import openai
         self._openai = openai
-        self._clients = [
-            openai.AsyncOpenAI(
-                base_url=url,
-                api_key=options.api_key,
-                timeout=options.timeout,
-                max_retries=0,
-            )
-            for url in options.base_urls
-        ]
+        self._secrets = secrets_of(options.base_urls, options.api_key, extra_body or {})
+        self._clients = [self._client(url, options) for url in options.base_urls]
         self.model = model
         self.settings = settings
         self.options = options
@@ -112,9 +103,27 @@ class ServerBackend:
         self._slots = asyncio.Semaphore(options.concurrency)
         self._waiting = 0  # requests that are under way or wait for a slot
 
+    def _client(self, url: str, options: ServerOptions) -> AsyncOpenAI:
+        try:
+            return self._openai.AsyncOpenAI(
+                base_url=url,
+                api_key=options.api_key,
+                timeout=options.timeout,
+                max_retries=0,
+            )
+        except Exception as error:  # of httpx, which takes the URL to pieces
+            raise RpamError(
+                f"--base-url: {self._shown(url)} is no URL: "
+                f"{self._shown(first_line(error))}"
+            ) from None
+
+    def _shown(self, text: object) -> str:
+        return masked(str(text), self._secrets)
+
     def heed(self, turns: Turns) -> None:
         """Take what is known of the model's turns; before anything is sampled."""
-        self.markers, self.opening, self.ends = turns.markers, turns.opening, turns.ends
+        self.markers, self.opening = turns.markers, turns.opening
+        self._reader = MessageReader(turns)
 
     async def check(self) -> None:
         """Raise `RpamError` if a server is not there or does not serve the model."""
@@ -123,22 +132,57 @@ class ServerBackend:
                 models = [model async for model in client.models.list()]
             except self._openai.APIConnectionError as error:
                 raise RpamError(
-                    f"--base-url: cannot reach {client.base_url}: "
-                    f"{error.__cause__ or error}. Is the server up? The URL usually "
-                    "ends in /v1."
+                    f"--base-url: cannot reach {self._shown(client.base_url)}: "
+                    f"{self._shown(error.__cause__ or error)}. Is the server up? The "
+                    "URL usually ends in /v1."
                 ) from None
             except self._openai.AuthenticationError as error:
                 raise RpamError(self._fatal(error)) from None
-            except (self._openai.APIError, ValueError):
-                continue  # lists no models: the first request will tell
-            served = [model.id for model in models]
+            except Exception:  # lists no models, or sends a page of another kind
+                models = []
+            served = [m.id for m in models if isinstance(getattr(m, "id", None), str)]
             roots = [getattr(m, "root", None) for m in models if m.id == self.model]
             self.roots |= {root: None for root in roots if isinstance(root, str)}
-            if served and self.model not in served:
+            if not served:
+                await self._refuse_without_v1(client)
+            elif self.model not in served and not await self._takes(client):
                 raise RpamError(
-                    f"MODEL: {client.base_url} does not serve '{self.model}'."
-                    f"{suggestion(self.model, served)}"
+                    f"MODEL: {self._shown(client.base_url)} does not serve "
+                    f"'{self.model}'.{suggestion(self.model, served)}"
                 )
+
+    async def _refuse_without_v1(self, client: AsyncOpenAI) -> None:
+        """Raise `RpamError` if not this URL, but the one with /v1 behind it answers."""
+        url = str(client.base_url).rstrip("/")
+        if url.endswith("/v1"):
+            return
+        try:
+            further = client.with_options(base_url=f"{url}/v1")
+            found = [model async for model in further.models.list()]
+        except Exception:  # it is not there either: the first request will tell
+            return
+        if found:
+            raise RpamError(
+                f"--base-url: {self._shown(url)} does not speak the OpenAI protocol, "
+                f"/v1 is missing: give {self._shown(url)}/v1."
+            )
+
+    async def _takes(self, client: AsyncOpenAI) -> bool:
+        """Tell whether a server takes a model that is not in its list.
+
+        transformers serves a folder, but lists the cache.
+        """
+        if not Path(self.model).is_dir():
+            return False
+        try:
+            answer = await client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": "1"}],
+                max_tokens=1,
+            )
+        except Exception:
+            return False
+        return bool(getattr(answer, "choices", None))
 
     async def sample(
         self, questions: Sequence[Question], done: set[int]
@@ -175,6 +219,7 @@ class ServerBackend:
                     self._answered = True
                     yield question, generated
                 self._too_many_refused()
+        self.notes |= dict.fromkeys(self._reader.notes())
         if self._refused:
             raise RpamError(*self._refusals())
 
@@ -208,7 +253,7 @@ class ServerBackend:
             except openai.APIStatusError as error:
                 status = error.status_code
                 if status in _REFUSED:
-                    self._refused.setdefault(question.index, _said(error))
+                    self._refused.setdefault(question.index, self._said(error))
                     return None
                 passing = status in _PASSING or status >= 500
                 if not passing or getattr(error, "code", "") == "insufficient_quota":
@@ -221,7 +266,7 @@ class ServerBackend:
                 await asyncio.sleep(_delay(failure, attempt))
         raise RpamError(
             f"the server failed {self.options.retries + 1} times in a row on query "
-            f"{question.index}; the last time: {_said(failure)}. Nothing that was "
+            f"{question.index}; the last time: {self._said(failure)}. Nothing that was "
             "finished is lost: run the same command to go on."
         ) from None
 
@@ -241,35 +286,17 @@ class ServerBackend:
         choices = getattr(completion, "choices", None) or []
         message = getattr(choices[0], "message", None) if choices else None
         if message is None:
-            raise _Unusable(
-                f"the body is no chat completion: {str(completion)[:100]!r}"
-            )
-        text = self._text(message)
-        finish = choices[0].finish_reason
-        if not isinstance(finish, str):
-            raise _Unusable("the completion has no finish reason")
-        return Generated(text, self._tokens(completion, text), finish, seed)
+            raise _Unusable(f"the body is no chat completion: {str(completion)[:200]}")
+        finish = getattr(choices[0], "finish_reason", None)
+        finish = finish_of(finish) if isinstance(finish, str) and finish else "null"
+        tokens = getattr(getattr(completion, "usage", None), "completion_tokens", None)
+        tokens = tokens if isinstance(tokens, int) else None
+        text = self._reader.read(dict(message), finish, tokens, question.messages)
+        return Generated(text, self._tokens(tokens, text), finish, seed)
 
-    def _text(self, message: Any) -> str:
-        """Return the response as one text that is valid Unicode, no end token."""
-        text = self._joined(message).encode("utf-8", "replace").decode("utf-8")
-        return without_end(text, self.markers, self.ends)
-
-    def _joined(self, message: Any) -> str:
-        reasoning = getattr(message, "reasoning_content", None)
-        reasoning = reasoning or getattr(message, "reasoning", None)
-        if not isinstance(reasoning, str) or not reasoning:
-            return message.content or ""
-        self.notes[_SPLIT_NOTE] = None
-        text = f"{self.opening or usual_opening(self.markers)}{reasoning.strip()}\n"
-        if message.content:
-            text += f"{self.markers.close}\n\n{message.content.strip()}"
-        return text
-
-    def _tokens(self, completion: Any, text: str) -> int | None:
-        count = getattr(getattr(completion, "usage", None), "completion_tokens", None)
-        if isinstance(count, int) and (count or not text):
-            return count
+    def _tokens(self, tokens: int | None, text: str) -> int | None:
+        if tokens is not None and (tokens or not text):
+            return tokens
         if self.options.tokenizer is None:
             self.notes[_NO_COUNT_NOTE] = None
             return None
@@ -289,7 +316,11 @@ class ServerBackend:
         hint = ""
         if error.status_code in (401, 403):
             hint = " The key is read from the environment variable OPENAI_API_KEY."
-        return f"the server refuses the request: {_said(error)}.{hint}"
+        if error.status_code in (404, 405) and not all(
+            str(client.base_url).rstrip("/").endswith("/v1") for client in self._clients
+        ):
+            hint = " Is /v1 missing at the end of --base-url?"
+        return f"the server refuses the request: {self._said(error)}.{hint}"
 
     def _refusals(self) -> list[str]:
         shown = list(self._refused.items())[:_MOST_REFUSED]
@@ -306,13 +337,14 @@ class ServerBackend:
                 f"time: {list(self._refused.values())[-1]}"
             )
 
-
-def _said(error: Exception) -> str:
-    """Return what a server said, shortened: status and message."""
-    status = getattr(error, "status_code", None)
-    cause = f" ({error.__cause__})" if error.__cause__ else ""
-    text = f"{type(error).__name__}: {error}{cause}" if status is None else str(error)
-    return " ".join(text.split())[:400]
+    def _said(self, error: Exception) -> str:
+        """Return what a server said, shortened: status and message."""
+        status = getattr(error, "status_code", None)
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        text = str(error)
+        if status is None:
+            text = f"{type(error).__name__}: {error}{cause}"
+        return " ".join(self._shown(text).split())[:400]
 
 
 def _delay(error: Exception, attempt: int) -> float:

@@ -8,20 +8,54 @@ been started with another template, --opened-by-prompt has the last word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.grading.brackets import KNOWN, markers_in, opening_of, usual_opening
-from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.grading.messages import (
+    DIRECT,
+    ECHO,
+    JOINED,
+    REPEATS,
+    UNANSWERED,
+    repeats,
+    turn_of,
+    without_prompt,
+)
+from rpam_mergekit.grading.responses import Markers, without_end
 from rpam_mergekit.questions.load import Question
 from rpam_mergekit.sampling.request import ThinkingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_WHOLE = (
+    "To get whole texts, start the server without a reasoning parser, or ask for them: "
+    "--extra-body '{\"separate_reasoning\": false}' of SGLang, "
+    '\'{"reasoning_format": "none"}\' of llama.cpp.'
+)
+# What was done to so many responses.
+_DONE = {
+    JOINED: "the server splits off the reasoning (a reasoning parser): in {n} "
+    "responses it was put back between the thinking markers, its exact spacing is "
+    f"lost. {_WHOLE}",
+    DIRECT: "{n} responses came as reasoning without content, though they ended and "
+    "their prompts opened no thinking: they are taken for answers given at once. Many "
+    "reasoning parsers take an answer without '{close}' for thinking (vllm-project/"
+    f"vllm#13125). {_WHOLE}",
+    UNANSWERED: "{n} responses came as reasoning without content: they are taken for "
+    f"thinking without an answer. {_WHOLE}",
+    ECHO: "{n} responses begin with the prompt itself: it was cut off. The server "
+    "returns prompts with what it generates.",
+    REPEATS: "{n} responses repeat their prompt and are kept as they are: the server "
+    "returns prompts with what it generates, or the model goes on as the user, past "
+    "the end of its turn.",
+}
 _NO_SYSTEM = (
     "Leave --system out, or put its text after the questions with --instruction."
 )
@@ -32,13 +66,81 @@ class Turns:
     """What is known of the turns in which a model answers.
 
     opening: the text by which its prompts open the thinking, None if it is not known;
-    ends: its end tokens; notes: what the user should know.
+    ends: its end tokens; notes: what the user should know; tokenizer: its own, if it is
+    known, and rendering: the further variables of its template.
     """
 
     markers: Markers
     opening: str | None
     ends: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    rendering: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """Return the prompt of a query, None if it is not known."""
+        if self.tokenizer is None:
+            return None
+        from rpam_mergekit.chat.rendering import prompt_text
+
+        try:
+            return prompt_text(messages, self.tokenizer, **self.rendering)
+        except Exception:  # whatever a template raises; the server may have another
+            return None
+
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has; only where the tokenizer is known."""
+        assert self.tokenizer is not None
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class MessageReader:
+    """Makes whole turns of a server's messages, and remembers what it did to them."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._done: Counter[str] = Counter()
+
+    def read(
+        self,
+        message: Mapping[str, Any],
+        finish: str,
+        tokens: int | None,
+        messages: Sequence[Mapping[str, str]],
+    ) -> str:
+        """Return a response as one text that is valid Unicode, without its end token.
+
+        `messages` are the query, `tokens` how many the server says it generated.
+        """
+        turns, prompt = self._turns, self._turns.prompt(messages)
+        if prompt and prompt.strip() == messages[-1]["content"].strip():
+            prompt = None  # an answer may begin with the question
+        count = turns.count if turns.tokenizer is not None else None
+        fields = {k: self._clean(v, prompt) for k, v in message.items()}
+        text, done = turn_of(
+            fields, turns.markers, turns.opening, finish, tokens, count
+        )
+        self._done.update([done, REPEATS if repeats(text, messages) else ""])
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return without_end(text, turns.markers, turns.ends)
+
+    def _clean(self, value: Any, prompt: str | None) -> Any:
+        """Return a field without an end token, which parsers leave behind either part.
+
+        And without the prompt before it.
+        """
+        if not isinstance(value, str):
+            return value
+        left = without_prompt(value, prompt)
+        self._done[ECHO] += left != value
+        return without_end(left, self._turns.markers, self._turns.ends)
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the user should know of what was done."""
+        for kind, text in _DONE.items():
+            if self._done[kind]:
+                text = text.replace("{n}", str(self._done[kind]))
+                yield text.replace("{close}", self._turns.markers.close)
 
 
 def thinking_header(markers: Markers, opening: str | None) -> dict[str, Any]:
@@ -152,7 +254,7 @@ def continued(
         return turns
     kept = Markers(known["open"], known["close"])
     named = [options.think_open or kept.open, options.think_close or kept.close]
-    return Turns(Markers(*named), known["opening"], turns.ends)
+    return replace(turns, markers=Markers(*named), opening=known["opening"], notes=())
 
 
 def markers_of(
@@ -196,8 +298,30 @@ def _told(
         rendering["chat_template"] = extra_body["chat_template"]
     prompt = prompt_text(messages, tokenizer, **rendering)
     markers = markers_of(options, _recognised(tokenizer, prompt))
-    ends = (tokenizer.eos_token,) if tokenizer.eos_token else ()
-    return Turns(markers, opening_of(prompt, markers), ends)
+    opening, ends = opening_of(prompt, markers), end_tokens(tokenizer)
+    return Turns(markers, opening, ends, tokenizer=tokenizer, rendering=rendering)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the texts of a model's end tokens, by tokenizer and generation config."""
+    ids: list[Any] = [tokenizer.eos_token_id]
+    for config in _configs(tokenizer.name_or_path):
+        ends = config.get("eos_token_id")
+        ids += ends if isinstance(ends, list) else [ends]
+    known = dict.fromkeys(number for number in ids if isinstance(number, int))
+    texts = tokenizer.convert_ids_to_tokens(list(known))
+    return tuple(text for text in texts if isinstance(text, str) and text)
+
+
+def _configs(name: str) -> Iterator[dict[str, Any]]:
+    """Yield a model's generation config and config, as far as they can be read."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    away = not Path(name).is_dir() and _hub_is_away()
+    with contextlib.suppress(Exception):  # no such file, or none that can be read
+        yield GenerationConfig.from_pretrained(name, local_files_only=away).to_dict()
+    with contextlib.suppress(Exception):
+        yield PretrainedConfig.get_config_dict(name, local_files_only=away)[0]
 
 
 def _recognised(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, str]:

@@ -72,6 +72,24 @@ def test_instruction_and_system_go_around_the_question(tmp_path):
     )
 
 
+@pytest.mark.parametrize("names", [("Problem", "Answer"), ("QUESTION", "Gold")])
+def test_columns_are_known_in_letters_of_any_case(tmp_path, names):
+    row = dict(zip(names, ("7+5=?", 12), strict=True))
+    (question,) = load(tmp_path, {**row, "Year": 2024}).questions
+    assert (question.question, question.gold.values) == ("7+5=?", ("12",))
+    assert question.source["Year"] == 2024
+    both = {**row, "question": "first?", "answer": 3}
+    assert load(tmp_path, both).questions[0].question == "first?"
+
+
+def test_the_parts_of_a_turn_are_put_together(tmp_path):
+    parts = [{"type": "text", "text": "7+5"}, {"type": "text", "text": "=?"}]
+    row = {"messages": [{"role": "user", "content": parts}], "answer": 12}
+    assert load(tmp_path, row).questions[0].question == "7+5=?"
+    parts.append({"type": "image_url", "image_url": {"url": "data:,"}})
+    assert "a list of objects with 'role' and 'content'" in refusal(tmp_path, row)
+
+
 def test_columns_can_be_named(tmp_path):
     row = {"q": "A?", "a": "1"}
     named = {"question_column": "q", "answer_column": "a"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from helpers.commands import run, succeeded
 from helpers.paths import QUICKSTART
@@ -195,3 +197,67 @@ def test_label_takes_them_as_they_are(tmp_path):
         ("Question 0?", "long", "<think>long</think>18"),
         ("Question 1?", "short", "7"),
     ]
+
+
+@pytest.mark.parametrize("column", ["Problem", "Question", "PROMPT", "problem "])
+def test_a_question_column_in_letters_of_any_case(tmp_path, column):
+    row = {**lm_eval(0, "18", "18"), "doc": {column: "What is 9*2?", "answer": "18"}}
+    queries, _ = graded(tmp_path, row)
+    assert queries[0].question == "What is 9*2?"
+    assert queries[0].responses[0].correct
+    (tmp_path / "out.jsonl").unlink()
+    row = {column: "What is 9*2?", "Answer": "18", "responses": ["18"]}
+    queries, _ = graded(tmp_path, row)
+    assert [r.correct for r in queries[0].responses] == [True]
+
+
+def test_responses_that_are_messages_of_a_server(tmp_path):
+    parts = [{"type": "thinking", "thinking": "9*2"}, {"type": "text", "text": "18"}]
+    queries, _ = graded(
+        tmp_path,
+        minimal(
+            "9*2?",
+            "18",
+            {"role": "assistant", "content": "18", "reasoning_content": "9*2"},
+            {"content": parts, "finish": "stop"},
+            {"content": None, "reasoning": "18"},
+        ),
+    )
+    turn = "<think>\n9*2\n</think>\n\n18"
+    assert [r.text for r in queries[0].responses] == [turn, turn, "18"]
+    assert all(r.correct for r in queries[0].responses)
+
+
+def test_what_did_not_end_is_no_answer(tmp_path):
+    ends = ["stop", "eos_token", "length", "abort", "content_filter", None]
+    responses = [{"text": "18", "finish": end} for end in ends]
+    queries, output = graded(tmp_path, minimal("9*2?", "18", *responses))
+    right = [r.correct for r in queries[0].responses]
+    assert right == [True, True, False, False, False, True]
+    assert "cut off           16.7%" in output
+    assert "stopped otherwise 33.3% (abort 1, content_filter 1)" in output
+
+
+def test_end_tokens_of_the_named_tokenizer_are_removed(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(QUICKSTART / "long", model)
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [3, 9]}))
+    (end,) = AutoTokenizer.from_pretrained(model).convert_ids_to_tokens([9])
+    row = minimal("9*2?", "18", f"18{end}", "18<|im_end|>\n")
+    options = ["--tokenizer", str(model)]
+    queries, _ = graded(tmp_path, row, options=options)
+    assert [r.text for r in queries[0].responses] == ["18", "18"]
+    ours = tmp_path / "ours.jsonl"
+    text = (tmp_path / "out.jsonl").read_text()
+    ours.write_text(text.replace('"text":"18"', json.dumps({"text": f"18{end}"})[1:-1]))
+    command = [
+        "mergekit-rpam",
+        "grade",
+        str(ours),
+        "--out",
+        str(tmp_path / "new.jsonl"),
+    ]
+    succeeded(run([*command, *options]))
+    (query,) = SampleReader(tmp_path / "new.jsonl")
+    assert [(r.text, r.correct) for r in query.responses] == [("18", True)] * 2
