@@ -42,6 +42,7 @@ SLOW = (
     "prepass/test_massive_activations.py",
     "routing/test_probes.py",
     "sampling/test_requests.py",
+    "sampling/test_servers.py",
     "sampling/test_turns.py",
     "test_api.py",
 )

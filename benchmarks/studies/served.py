@@ -1,6 +1,6 @@
 """From two models to a merged one by `transformers serve`, and the same in the process.
 
-    python benchmarks/studies/served.py [--serve PATH] [--queries N] [--samples K]
+    python benchmarks/studies/served.py [--serve PATH] [--queries N] [--samples K] ...
 
 Takes the quickstart's pair as it is, and with its tokens and template renamed to
 ChatML's form, and with each: samples both models, labels, merges, samples the merged
@@ -148,7 +148,11 @@ class Study:
             "merge_method": "rpam",
             "base_model": str(folder / "long"),
             "models": [{"model": str(folder / "short")}],
-            "parameters": {"calibration": str(calibration), "held_out": 0},
+            "parameters": {
+                "calibration": str(calibration),
+                "held_out": 0,
+                "steps": self.args.steps,
+            },
             "dtype": "float32",
             "out_dtype": "bfloat16",
         }
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--serve", default="transformers", help="its path")
     parser.add_argument("--queries", type=int, default=160)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=800, help="of the pre-pass")
     parser.add_argument("--out", type=Path, default=Path("build/served"))
     args = parser.parse_args()
     if args.out.exists():
@@ -186,7 +191,7 @@ def main() -> None:
     print("| | accuracy | tokens | thinks | time |\n|---|---|---|---|---|")
     try:
         for chatml in (True, False):
-            for over_http in (False, True):
+            for over_http in (True, False):
                 study.run(args.out, chatml, over_http)
         study.greedy(args.out / "greedy")
     except RpamError as error:
