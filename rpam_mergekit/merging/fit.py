@@ -22,7 +22,7 @@ from rpam_mergekit.checks.fingerprint import (
     unfinished,
     write_solution,
 )
-from rpam_mergekit.errors import RpamError
+from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.evaluate.routing_report import closing_text
 from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
@@ -74,6 +74,7 @@ def fit(merge: Merge, default: Path) -> Path:
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
         )
+    refuse(request.nothing_to_solve(merge.layout))
     merge.say_notes()
     if request.calibration is None:
         made_from = fingerprint_of(request, merge.fixed, merge.config, [])
@@ -133,6 +134,7 @@ def fit_document(
                 "the coefficients file has no name: give --out, or name it in "
                 "parameters.coefficients."
             )
+        refuse(examination.request.nothing_to_solve())
         with joined(local_device(options.device or "cpu")) as processes:
             merge = Merge(config, options, examination, processes)
             merge.load()
@@ -248,7 +250,9 @@ def _solve(
         merge.say(layer_table(solution.layers))
         merge.say(
             closing_text(
-                solution.operating_point.record(), [asdict(r) for r in solution.layers]
+                solution.operating_point.record(),
+                [asdict(r) for r in solution.layers],
+                prepass.settings.granularity,
             )
         )
         solved.remove()
