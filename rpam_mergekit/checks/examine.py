@@ -248,14 +248,20 @@ def _dtypes(config: MergeConfiguration) -> list[str]:
 
 
 def _device(options: MergeOptions) -> list[str]:
+    findings = []
     try:
         torch.empty(1, device=local_device(options.device or "cpu"))
     except Exception as error:  # of many kinds, by device
-        return [
+        findings.append(
             f"--device: found '{options.device}', which cannot be used: "
             f"{first_line(error)}"
-        ]
-    return []
+        )
+    if options.multi_gpu and not torch.accelerator.is_available():
+        findings.append(
+            "--multi-gpu: torch finds no GPU on this machine. Leave the option out "
+            "(--gpu-rich has it too), or install a torch for your GPUs."
+        )
+    return findings
 
 
 def config_notes(models: MergeModels, options: MergeOptions) -> list[str]:

@@ -105,9 +105,12 @@ def _look_inside(
 
 
 def _weights(request: MergeRequest, layout: Layout, findings: list[str]) -> list[str]:
-    """Return notes on filters of `weight` that match nothing."""
+    """Return notes on what `weight` fixes, and on filters that match nothing."""
+    notes: list[str] = []
     try:
-        request.fixed_weights(layout)
+        nothing = request.nothing_to_solve(layout)
+        findings += nothing
+        notes += [] if nothing else request.fixed_notes(layout)
     except Exception as error:  # of pydantic or mergekit
         lines = str(error).strip().splitlines()
         findings.append(f"weight: {lines[-2].strip() if len(lines) > 2 else lines[0]}")
@@ -119,7 +122,7 @@ def _weights(request: MergeRequest, layout: Layout, findings: list[str]) -> list
         for one in _conditions((settings or {}).get("weight"))
     }
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    return [
+    return notes + [
         f"weight: no tensor has '{one}' in its name, so that this filter does nothing."
         f"{suggestion(one, parts)}"
         for one in sorted(filters - {None, "*"})

@@ -61,3 +61,66 @@ class MergeRequest:
                     if value is not None:
                         fixed[self.models.entry(number, info.name)] = value
         return fixed
+
+    def nothing_to_solve(self, layout: Layout | None = None) -> list[str]:
+        """Return a finding if the user's weights leave the pre-pass nothing to solve.
+
+        Without a layout, where every tensor has a weight, whatever its name. A file
+        that is used as it is has been solved: there is no pre-pass then.
+        """
+        if self.calibration is None or not self.fixes_all(layout):
+            return []
+        return [
+            "weight: every weight of every decoder layer is fixed, so that nothing is "
+            "left to solve: the calibration file would change nothing, and the merge "
+            "would be a plain interpolation. Leave weight out: rpam finds the weights. "
+            "Or fix some tensors only, by filters. For a merge by hand there are "
+            "merge_method: linear, task_arithmetic and ties."
+        ]
+
+    def fixes_all(self, layout: Layout | None = None) -> bool:
+        """Tell whether `weight` fixes all tensors of the decoder layers."""
+        from mergekit.parameter_resolver import resolve_parameter
+
+        if layout is None:  # a name that no filter can be a part of
+            weight = weight_parameter()
+            values = [
+                resolve_parameter(weight, settings, tensor_name="\0", t=0.0)
+                for settings in self.weight_settings
+            ]
+            return all(value is not None for value in values)
+        fixed = self.fixed_weights(layout)
+        return all(
+            self.models.entry(number, info.name) in fixed
+            for number in range(len(self.models.others))
+            for layer in layout.layers
+            for info in layer
+        )
+
+    def fixed_notes(self, layout: Layout) -> list[str]:
+        """Return notes on the layers in which `weight` leaves little to solve."""
+        fixed, notes = self.fixed_weights(layout), []
+        for number, model in enumerate(self.models.others):
+            entries = [
+                [self.models.entry(number, info.name) in fixed for info in layer]
+                for layer in layout.layers
+            ]
+            whole = [str(i) for i, layer in enumerate(entries) if all(layer)]
+            some = sum(sum(layer) for layer in entries if not all(layer))
+            if len(whole) == len(entries):
+                notes.append(
+                    f"weight: all weights of {model} are fixed, none is solved"
+                )
+            elif whole:
+                notes.append(
+                    f"weight: of {model}, all weights are fixed in the layers "
+                    f"{', '.join(whole)}: nothing is solved there"
+                )
+            if some:
+                of = sum(len(layer) for layer in entries)
+                notes.append(
+                    f"weight: of {model}, {some} further of {of} weights are fixed"
+                    if whole
+                    else f"weight: of {model}, {some} of {of} weights are fixed"
+                )
+        return notes

@@ -10,6 +10,7 @@ from rpam_mergekit.routing.figures import ROUTES, TELLS_APART
 from rpam_mergekit.text import aligned
 
 HEAVY = 0.5  # of a query's objective on one token, from which it is said
+FINE = ("low_rank", "element")  # granularities with room to tell patterns apart
 CLOSES = 0.1  # nats by which the closing tag may be less likely than Long's
 NOTE = (
     "routed: share of queries that open thinking just where the right expert does "
@@ -42,9 +43,14 @@ def summary(point: Mapping[str, Any]) -> str:
 
 
 def warnings(
-    point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+    point: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    granularity: str | None = None,
 ) -> list[str]:
-    """Return what is wrong with a merge, each with what to change."""
+    """Return what is wrong with a merge, each with what to change.
+
+    granularity: that of the merge, None if unknown; it is not advised to take it.
+    """
     found: list[str] = []
     heavy = [r["layer"] for r in layers if r.get("heaviest_token", 0.0) > HEAVY]
     if heavy:
@@ -73,11 +79,12 @@ def warnings(
             f"its threshold is wrong: {way} parameters.reasoning (no new pre-pass)."
         )
     else:
+        finer = "" if granularity in FINE else "use granularity low_rank or element, "
         found.append(
             f"{text}It cannot tell the patterns apart (area under the curve "
-            f"{area:.2f}): raise parameters.steps (or epochs, if they are given), use "
-            "granularity low_rank or element, or more calibration queries; if the "
-            "queries' labels are noisy, no setting helps."
+            f"{area:.2f}): raise parameters.steps (or epochs, if they are given), "
+            f"{finer}or take more calibration queries; if the queries' labels are "
+            "noisy, no setting helps."
         )
     return found
 
@@ -116,14 +123,18 @@ def table(point: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def closing_text(point: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
+def closing_text(
+    point: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    granularity: str | None = None,
+) -> str:
     """Return all that is said of an operating point when the pre-pass ends."""
     lines = []
     if point.get("held_out"):
         head, rows = table(point)
         lines += [*aligned([head, *rows]), NOTE, operating_point(point)]
     lines.append(summary(point))
-    lines += [f"warning: {text}" for text in warnings(point, layers)]
+    lines += [f"warning: {text}" for text in warnings(point, layers, granularity)]
     return "\n".join(lines)
 
 

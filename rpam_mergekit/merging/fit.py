@@ -21,7 +21,7 @@ from rpam_mergekit.checks.fingerprint import (
     unfinished,
     write_solution,
 )
-from rpam_mergekit.errors import RpamError
+from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.evaluate.routing_report import closing_text
 from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
@@ -72,6 +72,7 @@ def fit(merge: Merge, default: Path, variant: type[PrePass] | None = None) -> Pa
             f"parameters.coefficients: no file {path.absolute()}, and no "
             "parameters.calibration to make it from."
         )
+    refuse(request.nothing_to_solve(merge.layout))
     merge.say_notes()
     if request.calibration is None:
         reusable(path, merge.fingerprint(), request, merge.layout)
@@ -134,6 +135,7 @@ def fit_document(
                 "the coefficients file has no name: give --out, or name it in "
                 "parameters.coefficients."
             )
+        refuse(examination.request.nothing_to_solve())
         with joined(local_device(options.device or "cpu")) as processes:
             merge = Merge(config, options, examination, processes)
             merge.load()
@@ -250,7 +252,9 @@ def _solve(
         merge.say(layer_table(solution.layers))
         merge.say(
             closing_text(
-                solution.operating_point.record(), [asdict(r) for r in solution.layers]
+                solution.operating_point.record(),
+                [asdict(r) for r in solution.layers],
+                prepass.settings.granularity,
             )
         )
         solved.remove()

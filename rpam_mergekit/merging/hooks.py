@@ -23,6 +23,7 @@ from rpam_mergekit.chat.template_files import take_out
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import NAME
+from rpam_mergekit.errors import refuse
 from rpam_mergekit.merging import multimerge
 from rpam_mergekit.merging.fit import fit
 from rpam_mergekit.merging.merge import Merge
@@ -54,6 +55,7 @@ def _run_merge(
     with hub_cache(options), folders_are_local(), fresh_loaders():
         examination = examine_merge(merge_config, options, config_source)
         merge = Merge(merge_config, options, examination)
+        refuse(merge.request.nothing_to_solve())
         merge.load()
         record.begin(out_path)  # from here on the folder changes
         coefficients = fit(merge, Path(out_path) / IN_OUTPUT)

@@ -143,7 +143,10 @@ class Merge:
 
     def say_notes(self) -> None:
         """Tell the notes: what does not stop the merge but may surprise."""
-        for note in [*self.notes, *config_notes(self.models, self.options)]:
+        notes = [*self.notes, *config_notes(self.models, self.options)]
+        if self.request.calibration is not None:
+            notes += self.request.fixed_notes(self.layout)
+        for note in notes:
             self.say(f"rpam: {note}")
 
 

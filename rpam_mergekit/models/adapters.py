@@ -24,6 +24,7 @@ from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.formats.files import digest
 from rpam_mergekit.models.headers import unreadable
 from rpam_mergekit.models.patches import merged_name
+from rpam_mergekit.models.quantised import plain_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # peft's order
@@ -71,7 +72,12 @@ def adapter_notes(model: ModelReference) -> list[str]:
     trained_on = config.get("base_model_name_or_path")
     if not trained_on or Path(trained_on).name == Path(model.model.path).name:
         return []
-    return [f"{model}: the adapter says it was trained on {trained_on}"]
+    plain, its = (
+        (plain_name(name) or name).rpartition("/")[2].lower()
+        for name in (trained_on, model.model.path)
+    )
+    same = ", that is on this model, quantised" if plain == its else ""
+    return [f"{model}: the adapter says it was trained on {trained_on}{same}"]
 
 
 def adapter_files(adapter: ModelPath) -> list[Path]:

@@ -162,15 +162,19 @@ def gguf_finding(model: ModelReference) -> str | None:
 
 def advice(model: ModelReference, way: str) -> str:
     """Return what to do about a quantised model, `way` being how to dequantise it."""
-    name = model.model.path.rstrip("/")
-    folder, slash, last = name.rpartition("/")
-    cut = SUFFIX.search(last)
-    plain = f"{folder}{slash}{last[: cut.start()]}" if cut and cut.start() else ""
+    plain = plain_name(model.model.path)
     named = f" (by its name, {plain})" if plain else ""
     return (
         f"Name the unquantised model that it was made from{named}, or dequantise it: "
         f"{way or 'by the library that made it'}. {PAGE} has more."
     )
+
+
+def plain_name(name: str) -> str | None:
+    """Return the name of the model that one was quantised from, None if unknown."""
+    folder, slash, last = name.rstrip("/").rpartition("/")
+    cut = SUFFIX.search(last)
+    return f"{folder}{slash}{last[: cut.start()]}" if cut and cut.start() else None
 
 
 def without_claim(config: PretrainedConfig) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from rpam_mergekit.errors import first_line, refuse
 from rpam_mergekit.models.adapters import adapter_findings, adapter_notes
 from rpam_mergekit.models.headers import unreadable
-from rpam_mergekit.models.quantised import gguf_finding
+from rpam_mergekit.models.quantised import gguf_finding, quantised_finding
 
 
 def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
@@ -41,8 +41,11 @@ def read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfi
         )
     folder = Path(model.model.path)
     reason = unreadable(folder) if config and folder.is_dir() else None
-    if reason:
-        findings.append(f"{model}: its weights cannot be read: {reason}")
+    if reason and config:
+        findings.append(
+            quantised_finding(model, config, None)
+            or f"{model}: its weights cannot be read: {reason}"
+        )
     findings += adapter_findings(model, None if reason else config, options)
     architectures = (config.architectures if config else None) or []
     if config and len(architectures) != 1:

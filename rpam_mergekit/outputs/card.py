@@ -228,7 +228,9 @@ def _routing(record: Mapping[str, Any]) -> list[str]:
         if scale != 1:
             lines.append(f"The solved coefficients are multiplied by {scale:g}.")
         of_layers = record.get("layers") or []
-        lines += [f"Warning: {text}" for text in warnings(point, of_layers)]
+        granularity = (record.get("settings") or {}).get("granularity")
+        said = warnings(point, of_layers, granularity)
+        lines += [f"Warning: {text}" for text in said]
     head, rows = table(point)
     return [*lines, "", *_table(head, rows), "", f"{NOTE}.", ""]
 

@@ -140,12 +140,12 @@ def test_nothing_in_it_depends_on_time_or_place(pair, merged, tmp_path):
 
 def test_what_the_config_sets_by_hand_is_recorded(pair, tmp_path):
     own = [{"filter": "mlp", "value": 0.25}]
-    whole = [{"filter": "lm_head", "value": 0.5}, {"value": 0.125}]
+    whole = [{"filter": "lm_head", "value": 0.5}, {"filter": "attn", "value": 0.125}]
     config = config_of(pair, weight=whole)
     config["models"][0]["parameters"] = {"weight": own}
     config["chat_template"] = TEMPLATE
     record = record_in(merge_here(config, tmp_path / "out"))
-    assert record["weight"] == [own, [whole[0], {"filter": None, "value": 0.125}]]
+    assert record["weight"] == [own, whole]
     assert record["chat_template"] == TEMPLATE
     config["tokenizer"] = {"source": str(pair / "long"), "pad_to_multiple_of": 8}
     found = output_settings(MergeConfiguration.model_validate(config))
