@@ -16,14 +16,14 @@ from rpam_mergekit.chat.rendering import end_token
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.fingerprint import (
+    changed_since,
     exclusive,
-    fingerprint_of,
-    reusable,
     unfinished,
     write_solution,
 )
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate.routing_report import closing_text
+from rpam_mergekit.folder.contents import IN_OUTPUT
 from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
     LayerReport,
@@ -39,7 +39,6 @@ from rpam_mergekit.models.patches import (
 )
 from rpam_mergekit.models.tokenizers import load_tokenizer
 from rpam_mergekit.models.weights import ExpertWeights
-from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
@@ -76,24 +75,23 @@ def fit(merge: Merge, default: Path) -> Path:
         )
     merge.say_notes()
     if request.calibration is None:
-        made_from = fingerprint_of(request, merge.fixed, merge.config, [])
-        reusable(path, made_from, request, merge.layout)
+        made_from = merge.fingerprint([])
+        others = changed_since(path, made_from, request, merge.layout)
         merge.say(f"rpam: coefficients taken from {named}")
+        if others:
+            merge.say(f"rpam: they were solved with other values: {', '.join(others)}")
         return path
     return_freed_memory()
     queries, end = encode_queries(merge)
     prepass = prepass_of(merge, queries, end)
     first = processes.rank == 0
-    fingerprint = processes.broadcast(
-        fingerprint_of(request, merge.fixed, merge.config, queries) if first else {}
-    )
+    fingerprint = processes.broadcast(merge.fingerprint(queries) if first else {})
     on_hub = named is not None and is_hub_path(named)
     with exclusive(path, merge.say) if first and not on_hub else nullcontext():
-        if processes.broadcast(
-            first
-            and path.exists()
-            and reusable(path, fingerprint, request, merge.layout)
-        ):
+        changed: list[str] | None = None  # there is no file
+        if first and path.exists():
+            changed = changed_since(path, fingerprint, request, merge.layout)
+        if processes.broadcast(changed == []):
             merge.say(f"rpam: coefficients reused from {named or path}")
             return path
         if on_hub:
@@ -103,6 +101,8 @@ def fit(merge: Merge, default: Path) -> Path:
                 "rewritten. Leave parameters.calibration out to merge by it as it is, "
                 "or name a file on this machine."
             )
+        if changed:
+            merge.say(f"rpam: solved anew; changed since: {', '.join(changed)}")
         _solve(merge, prepass, path, fingerprint)
     merge.say(f"rpam: coefficients written to {path}")
     del prepass

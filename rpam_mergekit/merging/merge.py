@@ -7,6 +7,7 @@ mergekit (`kernel_config`), to the record.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.checks.examine import Examination, config_notes
+from rpam_mergekit.checks.fingerprint import fingerprint_of
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merge_adapters
 from rpam_mergekit.models.layout import Layout, plan_layout
@@ -68,18 +71,25 @@ class Merge:
             for model in self.config.referenced_models():
                 LoaderCache().get(model)
         self.processes.broadcast(None)
-        self._architecture = get_architecture_info(self.config, options)
+        self.architecture = get_architecture_info(self.config, options)
         trusted = options.trust_remote_code
-        self._out_config = output_config(self.config, self._architecture, trusted)
+        self._out_config = output_config(self.config, self.architecture, trusted)
         # Of the models as they are: slices may have other layers.
-        self.base_config = models.base.config(trust_remote_code=trusted)
-        self.layout = plan_layout(self._architecture, self.base_config, models.every)
+        self.configs = {m: m.config(trust_remote_code=trusted) for m in models.every}
+        self.base_config = self.configs[models.base]
+        self.layout = plan_layout(self.architecture, self.base_config, models.every)
         self.fixed = self.request.fixed_weights(self.layout)
 
     def coefficients(self, default: Path) -> Path:
         """Return the place of the coefficients file, `default` if it has no name."""
         named = self.request.settings.coefficients
         return local_path(named, "parameters.coefficients") if named else default
+
+    def fingerprint(self, queries: Sequence[EncodedQuery]) -> dict[str, Any]:
+        """Return what the coefficients are made from, `queries` among it."""
+        return fingerprint_of(
+            self.request, self.fixed, self.config, queries, self.configs
+        )
 
     def kernel_config(self, coefficients: Path) -> MergeConfiguration:
         """Return the config for mergekit: the user's, and what the kernel is told.
@@ -105,7 +115,7 @@ class Merge:
 
     def _forced_dtypes(self) -> list[ConditionalParameter]:
         """Return a filter for every output tensor whose dtype its model prescribes."""
-        weights = output_weights(self._architecture, self._out_config)
+        weights = output_weights(self.architecture, self._out_config)
         return [
             ConditionalParameter(filter=info.name, value=info.force_dtype)
             for info in _longest_first(weights)
