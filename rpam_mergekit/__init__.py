@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from rpam_mergekit.api import check, export, fit, merge
     from rpam_mergekit.errors import RpamError
     from rpam_mergekit.evaluate.compare_files import CompareRequest, compare
+    from rpam_mergekit.folder.contents import read_record
     from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
     from rpam_mergekit.formats.coefficients import CoefficientsFile
     from rpam_mergekit.formats.samples import SampleReader
-    from rpam_mergekit.outputs.folder import read_record
     from rpam_mergekit.sampling.label_files import label
     from rpam_mergekit.sampling.request import GradeRequest, LabelRequest, SampleRequest
     from rpam_mergekit.sampling.sample import grade, sample
@@ -41,7 +41,7 @@ _PUBLIC = {
     "label": "sampling.label_files",
     "merge": "api",
     "read_calibration": "formats.calibration",
-    "read_record": "outputs.folder",
+    "read_record": "folder.contents",
     "sample": "sampling.sample",
 }
 

@@ -28,7 +28,6 @@ from rpam_mergekit.checks.models import (
     match_models,
     range_findings,
     replayable,
-    taken_notes,
 )
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.checks.templates import TemplateInUse, template_findings
@@ -36,6 +35,7 @@ from rpam_mergekit.errors import RpamError, collect, first_line, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
+from rpam_mergekit.models.configs import dtype_notes, taken_notes
 from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.models.references import notes
 from rpam_mergekit.models.tokenizers import tokenizer_findings
@@ -190,7 +190,7 @@ def _examine_models(
     encodes = "calibration" in (config.parameters or {})
     matched = found.matched = match_models(models, options, encodes)
     found.findings += matched.findings
-    found.notes += matched.notes
+    found.notes += matched.notes + dtype_notes(config, matched.headers)
     if models.base in matched.configs:
         base = matched.configs[models.base]
         found.findings += range_findings(inputs.layer_ranges, base)

@@ -20,12 +20,12 @@ from rpam_mergekit.checks.examine import (
     look_at_layers,
 )
 from rpam_mergekit.checks.inputs import not_passed_on
-from rpam_mergekit.checks.models import taken_notes
 from rpam_mergekit.checks.named_coefficients import earlier_file
 from rpam_mergekit.checks.request import NAME, MergeRequest
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.formats.calibration import CalibrationSet
 from rpam_mergekit.models.adapters import adapter_notes
+from rpam_mergekit.models.configs import taken_notes
 from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.patches import set_chat_template
 

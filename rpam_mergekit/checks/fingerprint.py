@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from mergekit.common import ModelReference
+from transformers import PretrainedConfig
 
 from rpam_mergekit import __version__
 from rpam_mergekit.chat.prompts import EncodedQuery
@@ -23,6 +25,7 @@ from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
 from rpam_mergekit.formats.solved_layers import Solution, folder_of
+from rpam_mergekit.models.configs import changed_values, computed_with
 from rpam_mergekit.models.layout import Layout, MergeModels
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.models.weights import content_digests
@@ -31,6 +34,13 @@ from rpam_mergekit.replay.precision import AUTO
 # Raised whenever the same inputs would give other coefficients than before.
 ALGORITHM = 2
 Say = Callable[[str], None]
+# Parts of a fingerprint, in words.
+PARTS = {
+    "algorithm": "the method (another version of rpam-mergekit)",
+    "calibration": "the calibration file",
+    "fixed": "weight",
+    "queries": "the encoded queries",
+}
 
 
 def unfinished(path: Path, fingerprint: Mapping[str, Any]) -> Path:
@@ -108,12 +118,13 @@ def fingerprint_of(
     fixed: Mapping[str, float],
     config: Any,
     queries: Sequence[EncodedQuery],
+    configs: Mapping[ModelReference, PretrainedConfig],
     compute_dtype: str,
 ) -> dict[str, Any]:
     """Return what the coefficients are made from, as JSON; reads all models.
 
-    compute_dtype: that of the matrix products, by the device where the setting is
-    `auto`.
+    `config` is the merge's, `configs` are those of the models. compute_dtype: that of
+    the matrix products, by the device where the setting is `auto`.
     """
     calibration, models = request.calibration, request.models
     digests = content_digests(models.every)
@@ -121,6 +132,10 @@ def fingerprint_of(
     return {
         "algorithm": ALGORITHM,
         **dict(zip(models.roles, digests, strict=True)),
+        "configs": {
+            role: computed_with(configs[model])
+            for role, model in zip(models.roles, models.every, strict=True)
+        },
         "patterns": list(models.patterns),
         "calibration": calibration.digest if calibration else None,
         "queries": hashlib.sha256(encoded).hexdigest(),
@@ -134,13 +149,16 @@ def fingerprint_of(
     }
 
 
-def reusable(
+def changed_since(
     path: Path,
     fingerprint: Mapping[str, Any],
     request: MergeRequest,
     layout: Layout,
-) -> bool:
-    """Tell whether a file was made from these inputs; refuse other models' files."""
+) -> list[str]:
+    """Return what a file was not made from, of these inputs; refuse other models'.
+
+    Of a file that is to be used as it is only what differs in the models' configs.
+    """
     file = CoefficientsFile(path)
     made_from = file.metadata["fingerprint"]
     models = request.models
@@ -163,13 +181,35 @@ def reusable(
         lacking = sorted(set(layout.entries(models)) - set(file.names))
         if lacking:
             raise RpamError(f"{file.path}: no coefficients for {lacking[0]}.")
-        return True
-    if request.settings.compute_dtype == AUTO:  # that of the device it was made on
-        made_from = {
-            **made_from,
-            "settings": {
-                **made_from["settings"],
-                "compute_dtype": fingerprint["settings"]["compute_dtype"],
-            },
-        }
-    return bool(made_from == fingerprint)
+        return list(_changed_configs(made_from, fingerprint))
+    free = {"compute_dtype"} if request.settings.compute_dtype == AUTO else set()
+    return list(_changed(made_from, fingerprint, free))
+
+
+def _changed(
+    made_from: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    free: Collection[str],
+) -> Iterator[str]:
+    """Yield the parts of a fingerprint that differ, in words.
+
+    `free`: settings that may differ, as the config leaves them to the device.
+    """
+    for key in sorted({*made_from, *fingerprint} - {"settings", "configs"}):
+        if made_from.get(key) != fingerprint.get(key):
+            yield PARTS.get(key, key)
+    before, now = made_from.get("settings", {}), fingerprint["settings"]
+    for name in sorted({*before, *now} - {*free}):
+        if before.get(name) != now.get(name):
+            yield f"{name} ({before.get(name)}, now {now.get(name)})"
+    yield from _changed_configs(made_from, fingerprint)
+
+
+def _changed_configs(
+    made_from: Mapping[str, Any], fingerprint: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what differs in the models' configs; earlier files do not know them."""
+    for role, before in made_from.get("configs", {}).items():
+        now = fingerprint["configs"].get(role, {})
+        for key, (value, other) in changed_values(before, now).items():
+            yield f"{key} of the {role} model ({value}, now {other})"

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from mergekit.architecture import arch_info_for_config, get_architecture_info
@@ -23,6 +22,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rpam_mergekit.errors import RpamError, collect, first_line
+from rpam_mergekit.models.configs import generation_notes, value_of
 from rpam_mergekit.models.headers import (
     Header,
     compare_shapes,
@@ -49,16 +49,6 @@ SAME_CONFIG = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-)
-# What the merged model takes from the base; the other expert is run with it too.
-TAKEN_FROM_BASE = (
-    "rope_parameters",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "hidden_act",
-    "head_dim",
-    "sliding_window",
-    "tie_word_embeddings",
 )
 
 
@@ -99,6 +89,7 @@ def match_models(
         return found
     _match_shapes(models, found)
     _match_tokenizers(models, options, found, encodes)
+    found.notes += generation_notes(models)
     return found
 
 
@@ -196,22 +187,6 @@ def range_findings(
     ]
 
 
-def taken_notes(
-    models: MergeModels, configs: dict[ModelReference, PretrainedConfig]
-) -> list[str]:
-    """Return notes on what differs between configs and is taken from the base."""
-    base = configs[models.base].get_text_config()
-    return [
-        f"{key} differs: {value_of(base, key)} in {models.base}, "
-        f"{value_of(other, key)} in {model}; the merged model has the "
-        "base's, and all are run with it"
-        for model in models.others
-        for other in (configs[model].get_text_config(),)
-        for key in TAKEN_FROM_BASE
-        if value_of(base, key) != value_of(other, key)
-    ]
-
-
 def head_notes(models: MergeModels, found: Matched) -> list[str]:
     """Return a note where the merged head would not be the base's tied embedding.
 
@@ -232,14 +207,6 @@ def head_notes(models: MergeModels, found: Matched) -> list[str]:
         "is tied: transformers loads it right, vLLM ignores it. Set "
         "tie_word_embeddings to false in the output's config.json"
     ]
-
-
-def value_of(config: PretrainedConfig, key: str) -> Any:
-    """Return a config's value, None where it has none or one for each layer."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:  # by which transformers refuses one for all layers
-        return None
 
 
 def _name(config: PretrainedConfig) -> str:

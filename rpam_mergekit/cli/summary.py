@@ -21,7 +21,7 @@ from rpam_mergekit.checks.examine import Examination
 from rpam_mergekit.checks.examine_document import writes_to
 from rpam_mergekit.checks.models import Replayable
 from rpam_mergekit.checks.request import MergeRequest
-from rpam_mergekit.models.headers import BITS, Header, Tensor
+from rpam_mergekit.models.headers import BITS, Header, Tensor, promoted
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
@@ -210,6 +210,7 @@ def _model_bytes(seen: Replayable, headers: Mapping[Any, Header], config: Any) -
     """Return what the merged model's weights take on disk."""
     base = next(iter(headers.values()))
     dtype = DTYPES.get(config.out_dtype or config.dtype or "")
+    known = [header.tensors for header in headers.values()]
     own = dict(seen.decoder.model.named_parameters(remove_duplicate=False))
     total = 0
     for info in seen.layout.weights:
@@ -217,6 +218,7 @@ def _model_bytes(seen: Replayable, headers: Mapping[Any, Header], config: Any) -
         if found is None:
             shapes = [p.shape for n, p in own.items() if n.endswith(info.name)]
             found = Tensor(tuple(shapes[0]) if shapes else (), "F32")
-        bits = BITS.get(dtype or found.dtype, 32)
+        there = [tensors[info.name].dtype for tensors in known if info.name in tensors]
+        bits = BITS.get(dtype or promoted(there or [found.dtype]), 32)
         total += torch.Size(found.shape).numel() * bits // 8
     return total

@@ -1,4 +1,4 @@
-"""What identifies files: digests of their content."""
+"""Files on disk: digests of their content, and their mode."""
 
 from __future__ import annotations
 
@@ -26,3 +26,20 @@ def digest_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             content.update(block)
     return content.hexdigest()
+
+
+def make_ordinary(paths: Iterable[Path]) -> None:
+    """Give files the mode that a new file in their folder gets.
+
+    safetensors makes its files readable for their owner alone, and a copy may have the
+    mode of what it was copied from.
+    """
+    modes: dict[Path, int] = {}
+    for path in paths:
+        if path.parent not in modes:
+            new = path.parent / ".rpam.partial"
+            new.unlink(missing_ok=True)
+            new.touch()
+            modes[path.parent] = new.stat().st_mode & 0o777
+            new.unlink()
+        path.chmod(modes[path.parent])

@@ -9,14 +9,13 @@ from mergekit.options import MergeOptions
 
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
-from rpam_mergekit.checks.fingerprint import reusable
+from rpam_mergekit.checks.fingerprint import changed_since
+from rpam_mergekit.folder.contents import IN_OUTPUT, STOCK_RECIPE
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.merging.merge import Merge
 from rpam_mergekit.models.patches import fresh_loaders, hub_cache
-from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.outputs.stock_recipe import (
-    RECIPE,
     recipe_text,
     refuse_unsayable,
     write_recipe,
@@ -48,7 +47,7 @@ def export_recipe(
         config = examination.request.template.named_in(config)
         path = local_path(coefficients, "COEFFICIENTS")
         if out is None:
-            out = RECIPE if _in_cache(path) else path.with_name(RECIPE)
+            out = STOCK_RECIPE if _in_cache(path) else path.with_name(STOCK_RECIPE)
         merge = Merge(config, options, examination)
         merge.load()
         write_recipe(Path(out), _recipe(merge, path))
@@ -69,5 +68,5 @@ def _recipe(merge: Merge, path: Path) -> str:
     request, layout = merge.request, merge.layout
     file = CoefficientsFile(path, request.settings.reasoning)
     asked = dataclasses.replace(request, calibration=None)
-    reusable(path, merge.fingerprint(), asked, layout)
+    changed_since(path, merge.fingerprint(), asked, layout)
     return recipe_text(merge.config, request, layout, file)

@@ -16,13 +16,14 @@ from rpam_mergekit.chat.rendering import end_token
 from rpam_mergekit.checks.config_file import Document
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.fingerprint import (
+    changed_since,
     exclusive,
-    reusable,
     unfinished,
     write_solution,
 )
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.evaluate.routing_report import closing_text
+from rpam_mergekit.folder.contents import IN_OUTPUT
 from rpam_mergekit.formats.hub_path import is_hub_path
 from rpam_mergekit.formats.solved_layers import (
     LayerReport,
@@ -37,7 +38,6 @@ from rpam_mergekit.models.patches import (
 )
 from rpam_mergekit.models.tokenizers import load_tokenizer
 from rpam_mergekit.models.weights import ExpertWeights
-from rpam_mergekit.outputs.folder import IN_OUTPUT
 from rpam_mergekit.prepass.memory import (
     activation_bytes,
     check_disk,
@@ -75,8 +75,10 @@ def fit(merge: Merge, default: Path, variant: type[PrePass] | None = None) -> Pa
     refuse(request.nothing_to_solve(merge.layout))
     merge.say_notes()
     if request.calibration is None:
-        reusable(path, merge.fingerprint(), request, merge.layout)
+        others = changed_since(path, merge.fingerprint(), request, merge.layout)
         merge.say(f"rpam: coefficients taken from {named}")
+        if others:
+            merge.say(f"rpam: they were solved with other values: {', '.join(others)}")
         return path
     return_freed_memory()
     queries, end = encode_queries(merge)
@@ -85,11 +87,10 @@ def fit(merge: Merge, default: Path, variant: type[PrePass] | None = None) -> Pa
     fingerprint = processes.broadcast(merge.fingerprint(queries) if first else {})
     on_hub = named is not None and is_hub_path(named)
     with exclusive(path, merge.say) if first and not on_hub else nullcontext():
-        if processes.broadcast(
-            first
-            and path.exists()
-            and reusable(path, fingerprint, request, merge.layout)
-        ):
+        changed: list[str] | None = None  # there is no file
+        if first and path.exists():
+            changed = changed_since(path, fingerprint, request, merge.layout)
+        if processes.broadcast(changed == []):
             if first and not on_hub:  # a run killed right after it wrote the file
                 SolvedLayers(unfinished(path, fingerprint)).remove()
             merge.say(f"rpam: coefficients reused from {named or path}")
@@ -101,6 +102,8 @@ def fit(merge: Merge, default: Path, variant: type[PrePass] | None = None) -> Pa
                 "rewritten. Leave parameters.calibration out to merge by it as it is, "
                 "or name a file on this machine."
             )
+        if changed:
+            merge.say(f"rpam: solved anew; changed since: {', '.join(changed)}")
         _solve(merge, prepass, path, fingerprint)
     merge.say(f"rpam: coefficients written to {path}")
     del prepass

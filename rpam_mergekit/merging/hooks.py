@@ -18,17 +18,24 @@ from typing import Any
 
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
 
 from rpam_mergekit.chat.template_files import take_out
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import refuse
+from rpam_mergekit.folder.base_files import base_folder, copy_base_files
+from rpam_mergekit.folder.contents import IN_OUTPUT, STOCK_RECIPE
+from rpam_mergekit.folder.earlier import clear, finished, refuse_folder
+from rpam_mergekit.folder.model_config import CONFIG as MODEL_CONFIG
+from rpam_mergekit.folder.model_config import write_config
 from rpam_mergekit.merging import multimerge
 from rpam_mergekit.merging.fit import fit
-from rpam_mergekit.merging.merge import Merge
+from rpam_mergekit.merging.merge import Merge, output_weights
 from rpam_mergekit.models.completeness import check_complete
 from rpam_mergekit.models.patches import (
+    chat_template_of,
     cut_output_config,
     folders_are_local,
     fresh_loaders,
@@ -36,8 +43,6 @@ from rpam_mergekit.models.patches import (
 )
 from rpam_mergekit.models.quantised import drop_claim
 from rpam_mergekit.outputs import record
-from rpam_mergekit.outputs.folder import IN_OUTPUT
-from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.refusal import shown_by_click
 
 
@@ -56,33 +61,55 @@ def _run_merge(
         examination = examine_merge(merge_config, options, config_source)
         merge = Merge(merge_config, options, examination)
         refuse(merge.request.nothing_to_solve())
+        refuse_folder(Path(out_path), merge.models.every, options)
         merge.load()
-        record.begin(out_path)  # from here on the folder changes
         coefficients = fit(merge, Path(out_path) / IN_OUTPUT)
-        with cut_output_config(read_inputs(merge.config).layers):
+        said = _begin(Path(out_path), coefficients)
+        with cut_output_config(read_inputs(merge.config).layers) as made:
             result = original(
                 merge.kernel_config(coefficients),
                 out_path,
                 options,
                 config_source or merge.config.to_yaml(),
             )
-        said = _complete(merge, Path(out_path))
+        said += _complete(merge, Path(out_path), made[-1])
     for line in said:
         merge.say(f"rpam: {line}")
     return result
 
 
-def _complete(merge: Merge, folder: Path) -> list[str]:
+def _begin(folder: Path, coefficients: Path) -> list[str]:
+    """Take away what an earlier merge left in the folder; return what is to be said."""
+    left = clear(folder, coefficients.absolute() == (folder / IN_OUTPUT).absolute())
+    if not left:
+        return []
+    return [f"{folder} also holds what this merge did not make: {', '.join(left)}"]
+
+
+def _complete(merge: Merge, folder: Path, made: PretrainedConfig) -> list[str]:
     """Complete the folder that mergekit has written; return what is to be said."""
-    trusted = merge.options.trust_remote_code
+    options, base = merge.options, merge.models.base
+    trusted = options.trust_remote_code
+    own = base_folder(base)
+    weights = output_weights(merge.architecture, made)
+    write_config(folder, own / MODEL_CONFIG, base, made, weights, trusted)
     drop_claim(folder)
+    named = chat_template_of(merge.config)
+    copy_base_files(own, folder, named, _wants_tokenizer(merge))
     check_complete(folder, merge.models.base, trusted)
     thinking = merge.request.template.thinking
     removed, said = take_out(folder, thinking, trusted)
     reason = record.finish(
         folder, merge.config, merge.request, merge.options, merge.layout, removed
     )
-    return said + ([f"no {RECIPE}: {reason}"] if reason else [])
+    finished(folder)
+    return said + ([f"no {STOCK_RECIPE}: {reason}"] if reason else [])
+
+
+def _wants_tokenizer(merge: Merge) -> bool:
+    config = merge.config
+    named = config.tokenizer is not None or config.tokenizer_source is not None
+    return named or bool(merge.options.copy_tokenizer)
 
 
 def activate() -> None:

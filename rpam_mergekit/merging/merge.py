@@ -83,27 +83,30 @@ class Merge:
                 LoaderCache().get(model)
         self.processes.broadcast(None)
         refuse(late_findings(self._matched))
-        self._architecture = get_architecture_info(self.config, options)
+        self.architecture = get_architecture_info(self.config, options)
         trusted = options.trust_remote_code
-        self._out_config = output_config(self.config, self._architecture, trusted)
+        self._out_config = output_config(self.config, self.architecture, trusted)
         # Of the models as they are: slices may have other layers.
-        self.base_config = models.base.config(trust_remote_code=trusted)
-        self.layout = plan_layout(self._architecture, self.base_config, models.every)
+        self.configs = {m: m.config(trust_remote_code=trusted) for m in models.every}
+        self.base_config = self.configs[models.base]
+        self.layout = plan_layout(self.architecture, self.base_config, models.every)
         self.fixed = self.request.fixed_weights(self.layout)
-
-    def fingerprint(self, queries: Sequence[EncodedQuery] = ()) -> dict[str, Any]:
-        """Return what the coefficients of this merge are made from; reads all models.
-
-        queries: the encoded calibration queries.
-        """
-        return fingerprint_of(
-            self.request, self.fixed, self.config, queries, self.compute_dtype
-        )
 
     def coefficients(self, default: Path) -> Path:
         """Return the place of the coefficients file, `default` if it has no name."""
         named = self.request.settings.coefficients
         return local_path(named, "parameters.coefficients") if named else default
+
+    def fingerprint(self, queries: Sequence[EncodedQuery] = ()) -> dict[str, Any]:
+        """Return what the coefficients are made from, `queries` among it."""
+        return fingerprint_of(
+            self.request,
+            self.fixed,
+            self.config,
+            queries,
+            self.configs,
+            self.compute_dtype,
+        )
 
     def kernel_config(self, coefficients: Path) -> MergeConfiguration:
         """Return the config for mergekit: the user's, and what the kernel is told.
@@ -129,7 +132,7 @@ class Merge:
 
     def _forced_dtypes(self) -> list[ConditionalParameter]:
         """Return a filter for every output tensor whose dtype its model prescribes."""
-        weights = output_weights(self._architecture, self._out_config)
+        weights = output_weights(self.architecture, self._out_config)
         return [
             ConditionalParameter(filter=info.name, value=info.force_dtype)
             for info in _longest_first(weights)

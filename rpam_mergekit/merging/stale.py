@@ -19,13 +19,13 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.contents import IN_OUTPUT, RECORD, read_record
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.files import digest, digest_of_file
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_folder, merged_from
 from rpam_mergekit.models.headers import unreadable
-from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD, read_record
 from rpam_mergekit.outputs.record import output_settings
 from rpam_mergekit.replay.precision import AUTO
 from rpam_mergekit.settings import RpamSettings, parse_settings

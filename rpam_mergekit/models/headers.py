@@ -6,8 +6,9 @@ the first kilobytes of their files: no weights are downloaded.
 
 from __future__ import annotations
 
+import functools
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# As configs name them.
+NAMES = {short: str(dtype).removeprefix("torch.") for dtype, short in DTYPES.items()}
 BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 
 
@@ -73,6 +76,15 @@ class Header:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
 
+def promoted(dtypes: Iterable[str]) -> str:
+    """Return the dtype to which all are promoted, in which mixed inputs are merged."""
+    known = {short: dtype for dtype, short in DTYPES.items()}
+    several = set(dtypes)
+    if not several <= known.keys():
+        return next(iter(sorted(several)))
+    return DTYPES[functools.reduce(torch.promote_types, (known[d] for d in several))]
+
+
 def read_header(model: ModelReference) -> Header:
     """Return what is known of a model's tensors without its weights.
 
@@ -82,6 +94,14 @@ def read_header(model: ModelReference) -> Header:
     index = _index(model)
     if index is None:
         return _on_hub(model)
+    return Header(tensors_of(index), index.tensor_paths, index.is_safetensors)
+
+
+def tensors_of(index: ShardedTensorIndex) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint on this disk.
+
+    Raises `RpamError` if a file cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(index.tensor_paths.values())):
         path = Path(index.base_path) / shard
@@ -89,7 +109,7 @@ def read_header(model: ModelReference) -> Header:
             tensors |= _in_file(path)
         except Exception as error:
             raise RpamError(f"{path} cannot be read: {first_line(error)}") from error
-    return Header(tensors, index.tensor_paths, index.is_safetensors)
+    return tensors
 
 
 def compare_shapes(

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -165,15 +166,17 @@ def folders_are_local() -> Iterator[None]:
 
 
 @contextmanager
-def cut_output_config(layers: Sequence[int]) -> Iterator[None]:
+def cut_output_config(layers: Sequence[int]) -> Iterator[list[PretrainedConfig]]:
     """Give a sliced model's transformers config the layer types of its own layers.
 
     `layers`: the input layer of every output layer; empty: no slices. mergekit changes
-    the number of layers alone, which transformers then refuses to write.
+    the number of layers alone, which transformers then refuses to write. Yields a list
+    of the configs that it makes, to see what it changes in them.
     """
     from mergekit import merge
 
     make = merge._model_out_config
+    made: list[PretrainedConfig] = []
 
     @functools.wraps(make)
     def cut(*args: Any, **kwargs: Any) -> PretrainedConfig:
@@ -182,11 +185,12 @@ def cut_output_config(layers: Sequence[int]) -> Iterator[None]:
         types = getattr(text, "layer_types", None)
         if types and layers:
             text.layer_types = [types[number] for number in layers]
+        made.append(config)
         return config
 
     merge._model_out_config = cut
     try:
-        yield
+        yield made
     finally:
         merge._model_out_config = make
 
@@ -212,6 +216,14 @@ def set_chat_template(tokenizer: Any, config: MergeConfiguration) -> None:
     from mergekit import merge
 
     merge._set_chat_template(tokenizer, config)
+
+
+def chat_template_of(config: MergeConfiguration) -> str | None:
+    """Return the chat template that a config names, None where it names none."""
+    found = SimpleNamespace(chat_template=None)
+    set_chat_template(found, config)
+    template: str | None = found.chat_template
+    return template
 
 
 def merged_name(model: ModelReference) -> str:

@@ -16,8 +16,8 @@ import yaml
 from mergekit.common import ModelReference
 
 from rpam_mergekit.errors import RpamError, suggestion
+from rpam_mergekit.folder.contents import COEFFICIENTS
 from rpam_mergekit.outputs.card import HUB_NAME, front_matter, with_front_matter
-from rpam_mergekit.outputs.folder import COEFFICIENTS
 
 HEAD = """\
 # Repeats the merge by its coefficients, without calibration data or a pre-pass.

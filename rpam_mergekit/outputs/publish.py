@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.errors import RpamError, collect, refuse
-from rpam_mergekit.formats.hub_path import HubPath
-from rpam_mergekit.outputs.card import complete
-from rpam_mergekit.outputs.folder import (
+from rpam_mergekit.folder.contents import (
     CARD,
     COEFFICIENTS,
     CONFIG,
     RECIPE,
     RECORD,
+    STOCK_RECIPE,
+    check_weights,
     find_coefficients,
     read_comparison,
     read_record,
     weight_files,
 )
+from rpam_mergekit.formats.hub_path import HubPath
+from rpam_mergekit.outputs.card import complete
 from rpam_mergekit.outputs.public_names import public_card, public_config, public_record
-from rpam_mergekit.outputs.stock_recipe import RECIPE as STOCK_RECIPE
 
 # Besides the weights, what belongs to a model; all else in the folder is left out.
 OF_A_MODEL = (
@@ -105,6 +106,8 @@ def make_plan(request: Request, scratch: Path) -> Plan:
     shards: set[str] = set()
     if request.weights:
         shards = collect(findings, partial(weight_files, out)) or set()
+    if shards:
+        plan.notes += collect(findings, partial(check_weights, out, plan.record)) or []
     find = partial(find_coefficients, out, plan.record, request.coefficients)
     file = collect(findings, find)
     table = collect(findings, partial(read_comparison, request.comparison))

@@ -22,16 +22,21 @@ from rpam_mergekit.chat.thinking import ThinkingMode
 from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.contents import (
+    IN_OUTPUT,
+    METHOD,
+    RECORD,
+    STOCK_RECIPE,
+    weight_digests,
+)
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.formats.files import digest_of_file
+from rpam_mergekit.formats.files import digest_of_file, make_ordinary
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_from
 from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.outputs.card import PAPER, complete
-from rpam_mergekit.outputs.folder import IN_OUTPUT, RECORD
 from rpam_mergekit.outputs.stock_recipe import (
-    RECIPE,
     finer_entries,
     recipe_text,
     write_recipe,
@@ -41,29 +46,9 @@ FORMAT = 1
 
 
 def begin(out_path: str | Path) -> None:
-    """Take back what an earlier merge into this folder says of it.
-
-    And the shard that it was writing when it was killed.
-    """
-    folder = Path(out_path)
-    for name in (RECORD, RECIPE):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob(".tmp??????"):
-        if _is_a_killed_writers(path):
-            path.unlink()
-
-
-def _is_a_killed_writers(path: Path) -> bool:
-    """Tell whether safetensors began a file that it was not let finish.
-
-    It writes into a file of a random name and of full size: the length of the header,
-    which is JSON, comes first.
-    """
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        beginning = file.read(9)
-    return beginning[8:] == b"{" or not any(beginning)
+    """Take back what an earlier merge into this folder says of it."""
+    for name in (RECORD, STOCK_RECIPE):
+        (Path(out_path) / name).unlink(missing_ok=True)
 
 
 def finish(
@@ -86,11 +71,14 @@ def finish(
     file = CoefficientsFile(path, request.settings.reasoning)
     path_named = named or IN_OUTPUT.as_posix()
     record = record_of(file, config, request, options, path_named, removed)
+    record["weights"] = weight_digests(folder)
     reason = None
     if not finer_entries(file):
         try:
             named = request.template.named_in(config)
-            write_recipe(folder / RECIPE, recipe_text(named, request, layout, file))
+            write_recipe(
+                folder / STOCK_RECIPE, recipe_text(named, request, layout, file)
+            )
         except RpamError as error:
             reason = " ".join(error.findings)
     card = folder / "README.md"
@@ -99,6 +87,7 @@ def finish(
         card.write_text(text, encoding="utf-8")
     partial = folder / f".{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    make_ordinary(p for p in (*folder.iterdir(), *folder.glob("*/*")) if p.is_file())
     os.replace(partial, folder / RECORD)
     return reason
 
@@ -119,7 +108,7 @@ def record_of(
     made_from, models = file.metadata["fingerprint"], request.models
     return {
         "format": FORMAT,
-        "method": "rpam",
+        "method": METHOD,
         "algorithm": made_from["algorithm"],
         "paper": PAPER,
         "versions": {

@@ -16,8 +16,8 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from rpam_mergekit.errors import RpamError, first_line, refuse
+from rpam_mergekit.folder.contents import RECORD
 from rpam_mergekit.formats.hub_path import LOG_IN
-from rpam_mergekit.outputs.folder import RECORD
 from rpam_mergekit.outputs.publish import Plan, Request
 
 WEIGHTS = ("model", "pytorch_model")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.contents import STOCK_RECIPE
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.files import digest_of_file
 from rpam_mergekit.models.layout import Layout, MergeModels
@@ -35,11 +36,10 @@ from rpam_mergekit.outputs.filters import (
 from rpam_mergekit.outputs.rounding import out_dtype_of
 from rpam_mergekit.prepass.memory import readable
 
-RECIPE = "rpam_recipe.yml"
 NOT_CARRIED = ("slices", "modules", "tokenizer", "tokenizer_source")
 SAME_BYTES = (
     "Its shards are those of the merge by rpam, byte for byte:",
-    f"  mergekit-yaml {RECIPE} OUT",
+    f"  mergekit-yaml {STOCK_RECIPE} OUT",
 )
 Numbers = dict[str, float]  # coefficients by entry
 
@@ -53,7 +53,7 @@ def recipe_text(
     """Return the stock recipe of a merge by `file`, whose shards are the same bytes.
 
     `config` is the user's, before mergekit plans (which rewrites it), `request` what
-    `check_config` made of it; `file` belongs to these models (`reuse.reusable`).
+    `check_config` made of it; `file` belongs to these models (`changed_since`).
     mergekit's loaders are set up. Raises `RpamError` where there is no such recipe.
     """
     numbers, models = scalars(request, layout, file), request.models

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from rpam_mergekit.cli.main import main
-from rpam_mergekit.outputs.stock_recipe import RECIPE
+from rpam_mergekit.folder.contents import STOCK_RECIPE as RECIPE
 
 HEAVY = ("datasets", "matplotlib", "mergekit", "openai", "torch", "transformers")
 # Runs the command as its console script does, and says which heavy packages were

@@ -40,7 +40,7 @@ def merge_here(config: dict, out: Path, **options) -> Path:
     mergekit.merge.run_merge(
         MergeConfiguration.model_validate(config),
         str(out),
-        MergeOptions(quiet=True, **options),
+        MergeOptions(**{"quiet": True, **options}),
         yaml.safe_dump(config, sort_keys=False),
     )
     return out

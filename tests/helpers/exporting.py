@@ -18,8 +18,8 @@ from transformers.utils import logging
 from helpers.merged import COEFFICIENTS, shard_bytes
 from helpers.models import merge_config, qwen2_config, save_pair, write_calibration
 from rpam_mergekit.cli.main import main
+from rpam_mergekit.folder.contents import STOCK_RECIPE as RECIPE
 from rpam_mergekit.merging import hooks
-from rpam_mergekit.outputs.stock_recipe import RECIPE
 
 
 @contextmanager

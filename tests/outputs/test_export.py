@@ -30,8 +30,8 @@ from helpers.exporting import (
 from helpers.merged import COEFFICIENTS, shard_bytes, tensors
 from helpers.models import qwen2_config, save_pair, tiny_config
 from rpam_mergekit.cli.main import main
+from rpam_mergekit.folder.contents import STOCK_RECIPE as RECIPE
 from rpam_mergekit.formats.coefficients import CoefficientsFile, write_coefficients
-from rpam_mergekit.outputs.stock_recipe import RECIPE
 from rpam_mergekit.settings import SCALAR_GRANULARITIES
 
 ARCHITECTURES = [

@@ -6,13 +6,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from helpers.commands import run, succeeded
+from helpers.commands import merge_here, run, succeeded
 from helpers.hub_server import Hub, add_repository, serving, user
 from helpers.models import merge_config
 from rpam_mergekit.cli.main import main
@@ -20,6 +21,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.outputs.card import END, START, complete, front_matter
+from rpam_mergekit.outputs.publish import Request, make_plan
 from rpam_mergekit.settings import RpamSettings
 
 COEFFICIENTS = "rpam/coefficients.safetensors"
@@ -228,6 +230,26 @@ def test_a_folder_is_refused_that_is_no_whole_merge(merged, tmp_path):
     assert "has no config.json" in refused(out, "me/merge")
     (out / "rpam.json").unlink()
     assert "has no rpam.json" in refused(out, "me/merge")
+
+
+def test_weights_that_the_merge_did_not_write_are_refused(pair, tmp_path):
+    """Without weights they do not matter; records of before do not know them."""
+    config = merge_config(pair, parameters={"granularity": "layer", "epochs": 1})
+    out = merge_here(config, tmp_path / "out")
+    request = Request(out, "me/merge")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert "model.safetensors" in make_plan(request, scratch).files
+    shard = out / "model.safetensors"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    message = refused(out, "me/merge")
+    assert "the SHA-256 of model.safetensors is not in rpam.json" in message
+    make_plan(replace(request, weights=False), scratch)
+    record = json.loads((out / "rpam.json").read_text())
+    del record["weights"]
+    (out / "rpam.json").write_text(json.dumps(record))
+    assert "no digests of the weights" in "\n".join(make_plan(request, scratch).notes)
 
 
 def test_coefficients_of_another_merge_are_refused(merged, tmp_path):

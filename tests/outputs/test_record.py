@@ -24,8 +24,8 @@ from helpers.paths import SCRIPTS
 from rpam_mergekit import __version__
 from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.contents import RECORD
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.outputs.folder import RECORD
 from rpam_mergekit.outputs.record import output_settings
 from rpam_mergekit.settings import parse_settings
 
@@ -127,6 +127,9 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
             "sha256": sha256(coefficients.read_bytes()),
             "bytes": coefficients.stat().st_size,
         },
+        "weights": {
+            "model.safetensors": sha256((merged / "model.safetensors").read_bytes())
+        },
     }
 
 
@@ -196,16 +199,15 @@ def test_the_record_is_written_last(merged):
     assert not list(merged.glob("*.partial"))
 
 
-def test_a_merge_that_fails_has_no_record(pair, out):
-    """Though the folder still holds what was merged before."""
+def test_a_merge_that_is_refused_leaves_a_finished_one_alone(pair, out):
+    """The folder's coefficients are of other models, which only a merge finds out."""
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     config = config_of(pair)
     models = [str(pair / "short"), str(pair / "long")]
     config |= {"base_model": models[0], "models": [{"model": models[1]}]}
     with pytest.raises(RpamError, match="belongs to other models"):
         merge_here(config, out)
-    assert shard_bytes(out)
-    assert not (out / RECORD).exists()
-    assert not (out / RECIPE).exists()
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_a_config_that_is_refused_leaves_a_finished_merge_alone(pair, out):
@@ -216,9 +218,10 @@ def test_a_config_that_is_refused_leaves_a_finished_merge_alone(pair, out):
     assert (out / RECIPE).exists()
 
 
-def test_a_merge_that_is_killed_has_no_record(pair, out, tmp_path):
+def test_a_pre_pass_that_is_killed_leaves_a_finished_merge_alone(pair, out, tmp_path):
+    before = shard_bytes(out), (out / RECORD).read_bytes()
     config = tmp_path / "rpam.yml"
-    config.write_text(yaml.safe_dump(config_of(pair, epochs=100_000)))
+    config.write_text(yaml.safe_dump(config_of(pair, epochs=2000)))
     process = subprocess.Popen(
         [SCRIPTS / "mergekit-yaml", str(config), str(out)],
         stderr=subprocess.DEVNULL,
@@ -226,16 +229,17 @@ def test_a_merge_that_is_killed_has_no_record(pair, out, tmp_path):
     )
     try:
         until = time.monotonic() + 120
-        while (out / RECORD).exists() and time.monotonic() < until:
+        while not list(out.glob("rpam/*.unfinished/*/layer-*")):
+            assert time.monotonic() < until
             time.sleep(0.05)
             assert process.poll() is None
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert shard_bytes(out)
-    assert not (out / RECORD).exists()
-    merge_here(config_of(pair), out)
-    assert record_in(out)["settings"]["epochs"] == 1
+    assert (shard_bytes(out), (out / RECORD).read_bytes()) == before
+    merge_here(config_of(pair, seed=1), out)
+    assert record_in(out)["settings"]["seed"] == 1
+    assert not list(out.glob("rpam/*.unfinished"))
 
 
 def test_another_method_s_merge_takes_the_record_back(pair, out):

@@ -1,4 +1,4 @@
-"""What a merge's output folder holds, checked: record, weights, coefficients.
+"""What the output folder of a merge holds: record, weights, coefficients.
 
 `RpamError` says what is missing or belongs to another merge.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ RECORD = "rpam.json"
 IN_OUTPUT = Path("rpam") / "coefficients.safetensors"
 COEFFICIENTS = IN_OUTPUT.as_posix()
 CARD, RECIPE, CONFIG = "README.md", "rpam.yml", "mergekit_config.yml"
+STOCK_RECIPE = "rpam_recipe.yml"
+METHOD = "rpam"
 
 
 def read_record(out: str | Path) -> dict[str, Any]:
@@ -74,6 +77,36 @@ def weight_files(out: Path) -> set[str]:
     refuse([f"OUT: {finding}. Run the merge again." for finding in findings])
     index = {f.name for f in out.glob("*.index.json") if _of(f, shards)}
     return shards | index
+
+
+def weight_digests(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of a model's shards and index, by name."""
+    names = sorted(weight_files(out))
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(digest_of_file, [out / name for name in names])
+        return dict(zip(names, found, strict=True))
+
+
+def check_weights(out: Path, record: Mapping[str, Any]) -> list[str]:
+    """Return notes on a model's weights; raise `RpamError` if they are not the merge's.
+
+    Records of before do not know them.
+    """
+    known: Mapping[str, str] | None = record.get("weights")
+    if known is None:
+        return [
+            f"{RECORD} is of an earlier version and has no digests of the weights: "
+            "whether they are those that the merge wrote is not known"
+        ]
+    found = weight_digests(out)
+    others = sorted(n for n in {*known, *found} if known.get(n) != found.get(n))
+    if not others:
+        return []
+    raise RpamError(
+        f"OUT: the weights in {out} are not those that the merge wrote: the SHA-256 of "
+        f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} not in {RECORD}. "
+        "Put the merge's own files back, or run the merge again."
+    )
 
 
 def _of(index: Path, shards: set[str]) -> bool:
