@@ -18,17 +18,14 @@ from rpam_mergekit.grading.responses import Markers
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
 # Parameters that do not change what is solved, or are spelt out by others.
-NOT_IN_CACHE_KEY = {
-    "calibration",
-    "coefficients",
-    "preset",
-    "activations",
-    "reasoning",
-}
+NOT_IN_CACHE_KEY = {"calibration", "coefficients", "preset", "activations", "reasoning"}
+SHORTEST = 16  # of max_response_tokens: both brackets and the end with their contexts
 LBFGS_ITERATIONS = 15
 
 # What files say nothing of that were solved before these settings were there.
 BEFORE_THINKING = {"thinking": "template", "think_open": None, "think_close": None}
+# Defaults of which files say nothing, so that those from before are as good as ever.
+UNSAID = {"max_response_tokens": 0}
 NO_BRACKETS = "none"  # of think_open: Long thinks without
 # What a preset changes; a parameter that the config names itself stays as named.
 # arXiv 2601.03506: prompts only, summed squared error, omega against that sum, one
@@ -211,6 +208,12 @@ class RpamSettings(BaseModel):
         description="Longest query in tokens: longer prompts are left out, responses "
         "cut, and both are reported.",
     )
+    max_response_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens of a response that are replayed; of a longer one those at "
+        "its beginning, around the closing of its thinking and at its end. 0: all.",
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Of the pre-pass's matrix products: `auto` is bfloat16 on GPUs "
@@ -259,7 +262,9 @@ class RpamSettings(BaseModel):
 
     def cache_key(self) -> dict[str, Any]:
         """Return the settings on which the coefficients depend."""
-        return self.model_dump(exclude=NOT_IN_CACHE_KEY)
+        found = self.model_dump(exclude=NOT_IN_CACHE_KEY)
+        unsaid = {name for name in UNSAID if found[name] == UNSAID[name]}
+        return {name: value for name, value in found.items() if name not in unsaid}
 
     def steps_of(self, batches: int) -> int:
         """Return how many steps a layer is optimised for, on so many batches."""
@@ -288,12 +293,12 @@ def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
     """
     given = {k: v for k, v in parameters.items() if k != "weight"}
     known = [*RpamSettings.model_fields, "weight"]
+    unknown = [name for name in given if name not in RpamSettings.model_fields]
     findings = [
         f"parameters.{name}: unknown parameter.{suggestion(name, known)}"
-        for name in given
-        if name not in RpamSettings.model_fields
+        for name in unknown
     ]
-    for name in [n for n in given if n not in RpamSettings.model_fields]:
+    for name in unknown:
         del given[name]
     for name, value in list(given.items()):
         if not isinstance(value, (bool, int, float, str)):
@@ -318,6 +323,11 @@ def parse_settings(parameters: Mapping[str, Any]) -> RpamSettings:
             f"{', '.join(SCALAR_GRANULARITIES)}."
         )
     findings += _brackets(settings)
+    if 0 < settings.max_response_tokens < SHORTEST:
+        findings.append(
+            f"parameters.max_response_tokens: found {settings.max_response_tokens}. "
+            f"Input should be 0, which is all, or at least {SHORTEST}."
+        )
     if findings:
         raise RpamError(*findings)
     return settings
@@ -353,7 +363,13 @@ def _idle(given: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
             "parameters.steps: found beside solver 'lbfgs', which counts iterations in "
             "epochs. Name epochs."
         )
-    if {**preset, **given}.get("alignment") == "sum" and given.get("decision_weight"):
+    whole = {**preset, **given}
+    if whole.get("tokens") == "prompt" and given.get("max_response_tokens"):
+        found.append(
+            "parameters.max_response_tokens: found beside tokens 'prompt', which has "
+            "no responses. Use tokens 'prompt+response'."
+        )
+    if whole.get("alignment") == "sum" and given.get("decision_weight"):
         found.append(
             "parameters.decision_weight: found beside alignment 'sum', which weighs "
             "every token alike. Use alignment 'relative'."

@@ -90,6 +90,9 @@ def test_what_opens_the_thinking_belongs_to_what_is_solved():
         ("preset", "papers"),
         ("alignment", "mean"),
         ("max_tokens", 0),
+        ("max_response_tokens", -1),
+        ("max_response_tokens", 15),
+        ("max_response_tokens", 2.5),
         ("regularization", -0.1),
     ],
 )
@@ -127,6 +130,26 @@ def test_presets_name_only_settings():
 
 def test_every_setting_has_a_description():
     assert all(field.description for field in RpamSettings.model_fields.values())
+
+
+def test_a_limit_on_responses_is_said_where_it_is_not_the_default():
+    """So that coefficients from before there was one are as good as ever."""
+    default = RpamSettings().max_response_tokens
+    plain = RpamSettings().cache_key()
+    assert "max_response_tokens" not in plain
+    assert parse_settings({"max_response_tokens": default}).cache_key() == plain
+    changed = parse_settings({"max_response_tokens": 77}).cache_key()
+    assert changed == {**plain, "max_response_tokens": 77}
+
+
+def test_a_limit_on_responses_beside_prompts_alone_is_refused():
+    for given in ({"tokens": "prompt"}, {"preset": "paper"}):
+        parse_settings(given)
+        (finding,) = refused({**given, "max_response_tokens": 64})
+        assert "found beside tokens 'prompt'" in finding
+    parse_settings(
+        {"preset": "paper", "tokens": "prompt+response", "max_response_tokens": 64}
+    )
 
 
 def test_the_problem_is_the_same_wherever_things_lie():

@@ -7,6 +7,7 @@ similar length and are padded on the right to their own longest, by a quarter at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpam_mergekit.chat.rendering import prompt_ids, template_problem
+from rpam_mergekit.chat.shortening import kept_tokens
 from rpam_mergekit.chat.thinking import ThinkingMode, thinking_of
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, draw_queries
@@ -32,7 +34,10 @@ class EncodedQuery:
 
     opening: how many tokens of the response open its thinking; 0 if it answers at once.
     closing: where in `ids` the closing tag of the thinking begins, if there is one.
-    ended: whether the response is whole, so that the end token would follow.
+    ended: whether the response's last token is there, so that the end token would
+        follow.
+    jumps: where in `ids` a token stands that did not follow the one before it: what
+        was between them is left out.
     """
 
     ids: tuple[int, ...]
@@ -41,6 +46,7 @@ class EncodedQuery:
     opening: int = 0
     closing: int | None = None
     ended: bool = False
+    jumps: tuple[int, ...] = ()
 
     @property
     def responds(self) -> bool:
@@ -109,7 +115,7 @@ def encode_calibration(
     prompts = _prompts(calibration, tokenizer, vocabulary, thinking)
     usable = [0 < len(ids) <= settings.max_tokens for ids in prompts]
     notes += _left_out(calibration, usable, settings)
-    encoded, cut = [], 0
+    encoded, lengths = [], []
     for i in draw_queries(
         calibration, usable, settings.queries_per_pattern, settings.seed
     ):
@@ -120,15 +126,12 @@ def encode_calibration(
             opening, closing = brackets(text, tokenizer, thinking)
             where = f"{calibration.path}:{calibration.lines[i]}"
             refuse(_beyond(response, tokenizer, vocabulary, where))
-        room = settings.max_tokens - len(prompts[i])
-        cut += len(response) > room
+        kept = _replayed(len(prompts[i]), len(response), closing, settings)
+        lengths.append(len(response))
         encoded.append(
-            _query(prompts[i], response, room, query.pattern, opening, closing)
+            _query(prompts[i], response, kept, query.pattern, opening, closing)
         )
-    if cut:
-        notes.append(
-            f"{cut} responses were cut to fit max_tokens ({settings.max_tokens})"
-        )
+    notes += _cut(encoded, lengths, settings)
     without = sum(not query.responds for query in encoded)
     if settings.tokens == "prompt+response" and without:
         notes.append(
@@ -191,23 +194,70 @@ def _left_out(
     return notes
 
 
+def _replayed(
+    prompt: int, response: int, closing: int | None, settings: RpamSettings
+) -> Sequence[int]:
+    """Return which tokens of a response are replayed, of lengths in tokens.
+
+    Those that `max_response_tokens` leaves; else what fits `max_tokens`.
+    """
+    room = max(0, settings.max_tokens - prompt)
+    limit = settings.max_response_tokens
+    if 0 < limit < response:
+        return kept_tokens(response, min(limit, room), closing)
+    return range(min(response, room))
+
+
+def _cut(
+    encoded: Sequence[EncodedQuery], lengths: Sequence[int], settings: RpamSettings
+) -> list[str]:
+    """Return notes on responses that are not replayed whole; `lengths` are theirs."""
+    limit, notes = settings.max_response_tokens, []
+    cut = sum(
+        len(query.ids) - query.prompt_tokens < length
+        for query, length in zip(encoded, lengths, strict=True)
+    )
+    shortened = sum(0 < limit < length for length in lengths)
+    if cut > shortened:
+        notes.append(
+            f"{cut - shortened} responses were cut to fit max_tokens "
+            f"({settings.max_tokens})"
+        )
+    if shortened:
+        notes.append(
+            f"{shortened} of {len(encoded)} responses are longer than "
+            f"max_response_tokens ({limit}): the middle of their thinking was left out"
+        )
+    return notes
+
+
 def _query(
     prompt: Sequence[int],
     response: Sequence[int],
-    room: int,
+    kept: Sequence[int],
     pattern: str,
     opening: int,
     closing: int | None,
 ) -> EncodedQuery:
-    """Return a query whose response is cut to `room` tokens, its marks with it."""
-    closes = closing is not None and closing < room
+    """Return a query of whose response the tokens `kept` are left, its marks with it.
+
+    A closing tag without the token from which it is predicted is none.
+    """
+    start = len(prompt)
+    place = {token: start + n for n, token in enumerate(kept)}
+    closes = closing is not None and {closing - 1, closing} - {-1} <= place.keys()
     return EncodedQuery(
-        (*prompt, *response[:room]),
-        len(prompt),
+        (*prompt, *(response[token] for token in kept)),
+        start,
         pattern,
-        opening=min(opening, max(room, 0)),
-        closing=len(prompt) + closing if closes and closing is not None else None,
-        ended=0 < len(response) <= room,
+        opening=sum(token < opening for token in kept),
+        closing=place[closing] if closes and closing is not None else None,
+        ended=bool(kept) and kept[-1] == len(response) - 1,
+        jumps=tuple(
+            place[token]
+            for before, token in itertools.pairwise(kept)
+            if token > before + 1
+        ),
     )
 
 

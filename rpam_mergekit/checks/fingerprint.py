@@ -128,7 +128,7 @@ def fingerprint_of(
     """
     calibration, models = request.calibration, request.models
     digests = content_digests(models.every)
-    encoded = json.dumps([dataclasses.astuple(q) for q in queries]).encode()
+    encoded = json.dumps([_content(query) for query in queries]).encode()
     return {
         "algorithm": ALGORITHM,
         **dict(zip(models.roles, digests, strict=True)),
@@ -147,6 +147,12 @@ def fingerprint_of(
         "dtype": config.dtype,
         "out_dtype": config.out_dtype,
     }
+
+
+def _content(query: EncodedQuery) -> tuple[Any, ...]:
+    """Return what a query is, as it was known before there were `jumps` in any."""
+    *found, jumps = dataclasses.astuple(query)
+    return (*found, jumps) if jumps else tuple(found)
 
 
 def changed_since(

@@ -15,7 +15,7 @@ from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.references import public_name
-from rpam_mergekit.settings import BEFORE_THINKING
+from rpam_mergekit.settings import BEFORE_THINKING, UNSAID
 
 KEY = "parameters.coefficients"
 
@@ -89,8 +89,8 @@ def _other_names(file: CoefficientsFile, request: MergeRequest) -> list[str]:
 
 
 def _changed(made: dict[str, Any], request: MergeRequest) -> list[str]:
-    now, known = request.settings.cache_key(), made.get("settings", {})
-    known = {**known, **{n: v for n, v in BEFORE_THINKING.items() if n not in known}}
+    now = {**UNSAID, **request.settings.cache_key()}
+    known = {**BEFORE_THINKING, **UNSAID, **made.get("settings", {})}
     return [
         f"{name} {value} (the config: {now[name]})"
         for name, value in known.items()

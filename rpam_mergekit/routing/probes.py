@@ -85,6 +85,15 @@ def opening_token(queries: Sequence[EncodedQuery]) -> int | None:
     return None if token in at_once else token
 
 
+def told_tokens(query: EncodedQuery, values: Sequence[float]) -> Sequence[float]:
+    """Return the values of a response's tokens that what stands before them tells.
+
+    Behind a jump it does not.
+    """
+    behind = {jump - query.prompt_tokens for jump in query.jumps}
+    return [value for n, value in enumerate(values) if n not in behind]
+
+
 @dataclass(frozen=True)
 class Head:
     """What makes logits of hidden states: a decoder, and weights outside its layers."""
@@ -126,6 +135,7 @@ class Head:
             place = len(likeliest)
             likeliest.append(token)
             expert = token if experts is None else experts[place]
+            told = told_tokens(query, values)
             figures.append(
                 QueryFigures(
                     pattern=query.pattern,
@@ -134,7 +144,7 @@ class Head:
                     if query.closing is not None
                     else None,
                     end=values[-1] if query.ended and end is not None else None,
-                    body=sum(values) / len(values),
+                    body=sum(told) / len(told),
                     opening=float(odds[0]) if opening is not None else None,
                     routed=token == expert
                     if opening is None

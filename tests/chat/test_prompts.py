@@ -88,6 +88,73 @@ def test_cut_responses_are_reported(encode):
     assert any("1 responses were cut" in note for note in notes)
 
 
+STEPS = ";".join(f"{n % 10}+1={(n + 1) % 10}" for n in range(30))  # 179 tokens
+THINKS = {**LONG, "response": f"<think>{STEPS}</think>0"}
+
+
+def said(query: EncodedQuery, tokenizer) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(query.ids[query.prompt_tokens :]))
+
+
+def test_a_long_response_keeps_its_ends(encode, tokenizer):
+    whole, _ = encode(THINKS, SHORT)
+    assert len(whole[0].ids) - whole[0].prompt_tokens == 182
+    (long, short), notes = encode(THINKS, SHORT, max_response_tokens=32)
+    assert short == whole[1]
+    assert long.ids[: long.prompt_tokens] == whole[0].ids[: whole[0].prompt_tokens]
+    text = said(long, tokenizer)
+    assert text == f"<think>{STEPS[:20]}{STEPS[-9:]}</think>0"
+    assert len(long.ids) - long.prompt_tokens == 32
+    assert long.ended
+    assert long.opening == 1
+    assert tokenizer.convert_ids_to_tokens(long.ids[long.closing]) == "</think>"
+    assert long.jumps == (long.prompt_tokens + 21,)
+    assert long.decisions == (
+        long.prompt_tokens - 1,
+        long.closing - 1,
+        len(long.ids) - 1,
+    )
+    assert [note for note in notes if "left out" in note] == [
+        "1 of 2 responses are longer than max_response_tokens (32): the middle of "
+        "their thinking was left out"
+    ]
+
+
+def test_a_limit_that_no_response_reaches_changes_nothing(encode):
+    whole = encode(THINKS, SHORT)
+    assert encode(THINKS, SHORT, max_response_tokens=182) == whole
+    assert encode(THINKS, SHORT, max_response_tokens=181)[0] != whole[0]
+
+
+def test_the_closing_stays_before_a_long_answer(encode, tokenizer):
+    record = {**LONG, "response": f"<think>{STEPS}</think>{STEPS}"}
+    (long, _), _ = encode(record, SHORT, max_response_tokens=50)
+    text = said(long, tokenizer)
+    thinking, answer = STEPS[:20] + STEPS[-9:], STEPS[:9] + STEPS[-10:]
+    assert text == f"<think>{thinking}</think>{answer}"
+    assert tokenizer.convert_ids_to_tokens(long.ids[long.closing]) == "</think>"
+    assert len(long.jumps) == 2
+
+
+def test_a_long_direct_answer_is_shortened_too(encode, tokenizer):
+    (_, short), _ = encode(LONG, {**SHORT, "response": STEPS}, max_response_tokens=30)
+    assert said(short, tokenizer) == STEPS[:20] + STEPS[-10:]
+    assert short.closing is None
+    assert short.ended
+
+
+def test_what_is_left_of_a_response_fits_max_tokens(encode, tokenizer):
+    (long, _), notes = encode(THINKS, SHORT, max_tokens=29, max_response_tokens=32)
+    assert len(long.ids) == 29
+    assert said(long, tokenizer).startswith("<think>")
+    assert said(long, tokenizer).endswith("</think>0")
+    assert not any("max_tokens (29)" in note for note in notes)
+    # Where the limit is not reached, as without one.
+    cut, notes = encode(THINKS, SHORT, max_tokens=100, max_response_tokens=182)
+    assert cut == encode(THINKS, SHORT, max_tokens=100)[0]
+    assert any("1 responses were cut to fit max_tokens (100)" in n for n in notes)
+
+
 def test_ids_outside_the_vocabulary_are_refused(encode, tokenizer):
     top = len(tokenizer) - 1
     with pytest.raises(RpamError, match=f"token id {top} .* vocabulary of {top}"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.commands import run, succeeded
 from helpers.merged import COEFFICIENTS, assert_merged_by_formula, shard_bytes, tensors
 from helpers.models import merge_config, qwen2_config, save_pair, write_calibration
 from helpers.prepass import GRANULARITIES, build
+from rpam_mergekit.chat.prompts import encode_calibration
+from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.settings import RpamSettings
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -182,6 +187,39 @@ def test_a_coefficients_file_is_reused_until_an_input_changes(
     assert not again(epochs=2, compute_dtype="bfloat16")
     assert again(epochs=2)  # by `auto`: made on whatever device
     assert not again(epochs=2, compute_dtype="float32")
+
+
+def test_long_responses_are_shortened(pair, merged, tmp_path):
+    """What is left of them decides; a limit that none reaches changes nothing."""
+    out = {}
+    for limit in (16, 64):  # the longest response has 50 tokens
+        config = merge_config(pair, parameters={"max_response_tokens": limit})
+        (tmp_path / f"{limit}.yml").write_text(yaml.safe_dump(config))
+        out[limit] = tmp_path / str(limit)
+        process = run(["mergekit-yaml", f"{limit}.yml", str(limit)], cwd=tmp_path)
+        succeeded(process)
+        assert ("than max_response_tokens (16)" in process.stderr) == (limit == 16)
+    assert shard_bytes(out[64]) == shard_bytes(merged / "out")
+    assert shard_bytes(out[16]) != shard_bytes(merged / "out")
+    assert_merged_by_formula(out[16], pair, out[16] / COEFFICIENTS)
+    by_limit = {
+        limit: CoefficientsFile(folder / COEFFICIENTS).metadata["fingerprint"]
+        for limit, folder in {**out, 0: merged / "out"}.items()
+    }
+    assert by_limit[64]["queries"] == by_limit[0]["queries"] != by_limit[16]["queries"]
+    assert by_limit[16]["settings"]["max_response_tokens"] == 16
+    # As in files from before there was a limit, which are as good as ever.
+    assert "max_response_tokens" not in by_limit[0]["settings"]
+    tokenizer = AutoTokenizer.from_pretrained(pair / "long")
+    calibration = read_calibration(pair / "calibration.jsonl")
+    queries, _ = encode_calibration(
+        calibration, tokenizer, len(tokenizer), RpamSettings()
+    )
+    fields = [(q.ids, q.prompt_tokens, q.pattern) for q in queries]
+    marks = [(q.opening, q.closing, q.ended) for q in queries]
+    known = [[*a, *b] for a, b in zip(fields, marks, strict=True)]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    assert by_limit[0]["queries"] == digest
 
 
 def test_coefficients_alone_reproduce_the_merge(pair, merged, tmp_path, mergekit_yaml):
