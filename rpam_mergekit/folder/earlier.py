@@ -8,7 +8,6 @@ merge made is nobody's to delete or to write over.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -150,8 +149,9 @@ def is_ours(out: Path) -> bool:
 def clear(out: Path, keep_coefficients: bool) -> list[str]:
     """Take away what an earlier merge left in `out`, and mark the folder as unfinished.
 
-    `keep_coefficients`: the file in the folder is that of the merge to come. Returns
-    the names of files that stay, and that no merge made.
+    `keep_coefficients`: the file in the folder is that of the merge to come. What
+    pre-passes with other settings have solved that did not end stays: they can go on.
+    Returns the names of files that stay, and that no merge made.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(
@@ -166,8 +166,6 @@ def clear(out: Path, keep_coefficients: bool) -> list[str]:
             path.unlink()
     if not keep_coefficients:
         (out / IN_OUTPUT).unlink(missing_ok=True)
-    for layers in out.glob("rpam/*.unfinished"):  # of runs that did not end
-        shutil.rmtree(layers, ignore_errors=True)
     with suppress(OSError):
         (out / "additional_chat_templates").rmdir()
     return [
