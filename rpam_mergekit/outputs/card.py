@@ -185,6 +185,8 @@ def code(text: str) -> str:
 def _settings(record: Mapping[str, Any]) -> list[str]:
     settings = record.get("settings") or {}
     defaults = RpamSettings().cache_key()  # type: ignore[call-arg]
+    # `auto` is not recorded, but what it was on the device.
+    defaults["compute_dtype"] = settings.get("compute_dtype")
     changed = {n: v for n, v in settings.items() if v != defaults.get(n)}
     if not changed:
         return ["Settings: the defaults.", ""]

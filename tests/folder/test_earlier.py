@@ -76,7 +76,7 @@ def test_a_second_merge_leaves_nothing_of_the_first(pair, out, tmp_path):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("{}")
     (out / ".tmpAb3dx9").write_bytes(bytes(100))
-    alone = merge_here(config_of(pair), tmp_path / "alone")
+    alone = merge_here(config_of(pair), tmp_path / "alone" / "out")
     assert content(merge_here(config_of(pair), out)) == content(alone)
     AutoModelForCausalLM.from_pretrained(out)
 
