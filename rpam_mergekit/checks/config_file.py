@@ -16,6 +16,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
+from rpam_mergekit.checks.request import belongs
 from rpam_mergekit.errors import RpamError, first_line, refuse, suggestion
 
 # What pydantic's error types say, in words; the rest are taken from its messages.
@@ -63,10 +64,18 @@ class Document:
         return [self._located(finding) for finding in findings]
 
     def _located(self, finding: str) -> str:
-        place = finding.partition(": ")[0]
+        place, _, rest = finding.partition(": ")
+        top = not place.isidentifier() or not rest.startswith("missing")
+        for where, text in _strings(self.content):  # what is said of a model
+            if where.endswith("model") and finding.startswith(f"{text}: "):
+                place = where
+                break
         while place and place not in self.lines:
             place = place[: max(place.rfind("."), place.rfind("["), 0)]
-        return f"{self.path}:{self.lines[place]}: {finding}" if place else finding
+        if not place and (top or not self.lines):
+            return finding
+        line = self.lines[place] if place else min(self.lines.values())
+        return f"{self.path}:{line}: {finding}"
 
 
 def read_one(path: str | Path) -> Document:
@@ -251,7 +260,8 @@ def _unknown(value: Any, annotations: Sequence[Any], where: str) -> Iterator[str
         if values or key in fields:
             yield from _unknown(inner, values + fields.get(key, []), path)
         elif fields:
-            yield f"{path}: unknown key.{suggestion(str(key), fields)}"
+            hint = belongs(str(key), where) or suggestion(str(key), fields)
+            yield f"{path}: unknown key.{hint}"
 
 
 def _arms(annotation: Any) -> list[Any]:

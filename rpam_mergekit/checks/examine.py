@@ -20,7 +20,12 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.chat.thinking import LONG
 from rpam_mergekit.checks.config_file import Document, check_keys
-from rpam_mergekit.checks.inputs import Inputs, merge_models, read_inputs
+from rpam_mergekit.checks.inputs import (
+    Inputs,
+    merge_models,
+    read_inputs,
+    with_one_spelling,
+)
 from rpam_mergekit.checks.models import (
     Matched,
     Replayable,
@@ -29,7 +34,7 @@ from rpam_mergekit.checks.models import (
     range_findings,
     replayable,
 )
-from rpam_mergekit.checks.request import MergeRequest
+from rpam_mergekit.checks.request import MergeRequest, belongs
 from rpam_mergekit.checks.templates import TemplateInUse, template_findings
 from rpam_mergekit.errors import RpamError, collect, first_line, refuse
 from rpam_mergekit.formats.calibration import CalibrationSet, read_calibration
@@ -70,6 +75,7 @@ def examine_merge(
     `source` is the YAML text, in which keys are still visible that mergekit drops.
     Models that lie on the Hub are examined as far as that goes without their weights.
     """
+    config = with_one_spelling(config)
     examination = examine(config, options)
     if source:
         examination.findings[:0] = check_keys(yaml.safe_load(source))
@@ -117,6 +123,7 @@ def examine(
     `later` are names that are no models yet, but other merges of the same file.
     """
     found = Examination()
+    config = with_one_spelling(config)
     inputs = read_inputs(config)
     found.findings += inputs.findings
     models = collect(found.findings, partial(merge_models, config, inputs))
@@ -155,6 +162,17 @@ def examine_parameters(
     findings: list[str],
 ) -> tuple[RpamSettings | None, CalibrationSet | None]:
     """Return the settings and the calibration set; what is wrong goes to `findings`."""
+    hints = {
+        name: belongs(name, "parameters")
+        for name in parameters
+        if name not in (*RpamSettings.model_fields, "weight")
+    }
+    findings += [
+        f"parameters.{name}: unknown parameter.{hint}"
+        for name, hint in hints.items()
+        if hint
+    ]
+    parameters = {n: v for n, v in parameters.items() if not hints.get(n)}
     settings = collect(findings, partial(parse_settings, parameters))
     path = parameters.get("calibration")
     if isinstance(path, str):

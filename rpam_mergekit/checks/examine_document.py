@@ -19,7 +19,7 @@ from rpam_mergekit.checks.examine import (
     examine_parameters,
     look_at_layers,
 )
-from rpam_mergekit.checks.inputs import not_passed_on
+from rpam_mergekit.checks.inputs import not_passed_on, with_one_spelling
 from rpam_mergekit.checks.named_coefficients import earlier_file
 from rpam_mergekit.checks.request import NAME, MergeRequest
 from rpam_mergekit.errors import RpamError, suggestion
@@ -44,11 +44,12 @@ def examine_document(
         return Examination(findings=findings, document=document)
     if others or document.name is not None:
         findings += not_passed_on(document.config)
-    examination = examine(document.config, options, others)
+    config = with_one_spelling(document.config)
+    examination = examine(config, options, others)
     examination.findings[:0] = findings
     examination.document = document
     if examination.request is not None:
-        _look_inside(examination, document.config, examination.request, options)
+        _look_inside(examination, config, examination.request, options)
     return examination
 
 

@@ -8,8 +8,9 @@ layer, as if the whole merged model had been cut into slices.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import (
@@ -18,11 +19,14 @@ from mergekit.config import (
     OutputSliceDefinition,
     ParameterSetting,
 )
+from pydantic import BaseModel
 
+from rpam_mergekit.checks.request import belongs
 from rpam_mergekit.errors import RpamError, refuse, suggestion
 from rpam_mergekit.formats.calibration import PATTERNS
 from rpam_mergekit.models.layout import MergeModels
-from rpam_mergekit.settings import MODEL_PARAMETERS
+from rpam_mergekit.models.references import same_model
+from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings
 
 PATTERN_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 OPPOSITE = {"long": "short", "short": "long"}
@@ -132,11 +136,10 @@ def _of_slices(
 def _misplaced(
     where: str, parameters: Mapping[str, ParameterSetting] | None
 ) -> list[str]:
-    return [
-        f"{where}.{name}: rpam's parameters are the whole merge's. Put it into the "
-        "top-level parameters."
-        for name in parameters or {}
-    ]
+    known = (*MODEL_PARAMETERS, *RpamSettings.model_fields)
+    hints = {n: None if n in known else belongs(n, where) for n in parameters or {}}
+    whole = " rpam's parameters are the whole merge's. Put it into the top-level "
+    return [f"{where}.{n}:{hint or f'{whole}parameters.'}" for n, hint in hints.items()]
 
 
 def _gradients(config: MergeConfiguration) -> list[str]:
@@ -150,6 +153,40 @@ def _gradients(config: MergeConfiguration) -> list[str]:
             "would have several values. Use filters and single values."
         ]
     return []
+
+
+def with_one_spelling(config: MergeConfiguration) -> MergeConfiguration:
+    """Return a config in which every model is written as where it is named first.
+
+    The base first of all. mergekit takes `long/` for another model than `long`, and so
+    would merge the base with itself.
+    """
+    known = [] if config.base_model is None else [config.base_model]
+
+    def spelt(model: ModelReference) -> ModelReference:
+        same = next((one for one in known if same_model(one, model)), None)
+        if same is None:
+            known.append(model)
+        return same or model
+
+    written: MergeConfiguration = with_references(config, spelt)
+    return written
+
+
+def with_references(
+    value: Any, change: Callable[[ModelReference], ModelReference]
+) -> Any:
+    """Return a config, or a part of one, with other models in the places of models."""
+    if isinstance(value, ModelReference):
+        return change(value)
+    if isinstance(value, BaseModel):
+        fields = {name: with_references(inner, change) for name, inner in value}
+        return value.model_copy(update=fields)
+    if isinstance(value, dict):
+        return {key: with_references(inner, change) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_references(inner, change) for inner in value]
+    return value
 
 
 def merge_models(config: MergeConfiguration, inputs: Inputs) -> MergeModels | None:
@@ -207,11 +244,11 @@ def _model_parameters(named: Sequence[Input], base: ModelReference | None) -> li
         for name in one.parameters:
             where = f"{one.where}.parameters.{name}"
             if name not in MODEL_PARAMETERS:
-                findings.append(
-                    f"{where}: unknown parameter."
+                hint = belongs(name, f"{one.where}.parameters") or (
                     f"{suggestion(name, MODEL_PARAMETERS)} The method's settings "
                     "belong to the top-level parameters."
                 )
+                findings.append(f"{where}: unknown parameter.{hint}")
             elif name == "weight" and one.model == base:
                 findings.append(
                     f"{where}: the base model has no weight. Set it on the other "

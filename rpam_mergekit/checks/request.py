@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.config import ParameterSetting
+from mergekit.config import MergeConfiguration, ParameterSetting
 
 from rpam_mergekit.checks.templates import TemplateInUse
 from rpam_mergekit.formats.calibration import CalibrationSet
 from rpam_mergekit.models.layout import Layout, MergeModels
-from rpam_mergekit.settings import RpamSettings
+from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings
 
 NAME = "rpam"
+SOURCE = re.compile(r"(models|sources)\[\d+\]$")
 
 
 def weight_parameter() -> Any:
@@ -25,6 +27,45 @@ def weight_parameter() -> Any:
     from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
     return ParameterSpec("weight", float | None, ParameterScope.NON_BASE, default=None)
+
+
+def belongs(name: str, where: str) -> str | None:
+    """Return where a key belongs that stands at `where`, which does not take it.
+
+    None for what is nowhere a key. ``where`` is such as ``models[0].parameters``, or
+    empty at the top level.
+    """
+    if name in MODEL_PARAMETERS:
+        if SOURCE.search(where):
+            return f" It is a parameter: write it under {where}.parameters."
+        of = " or the top-level parameters" if name == "weight" else ""
+        return f" Write it under the parameters of a model{of}."
+    if name in RpamSettings.model_fields and where != "parameters":
+        return f" It is the whole merge's: write {name} under the top-level parameters."
+    if name in MergeConfiguration.model_fields and where:
+        return " It belongs to the top level of the config, beside merge_method."
+    if name == "layer_range" and where.startswith("models"):
+        return " Only the sources of slices have it."
+    others = sorted(_methods_with(name))
+    if others:
+        shown = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")
+        return (
+            f" It is a parameter of {shown}. rpam has none of the kind, as it finds "
+            "the weights itself: leave it out."
+        )
+    return None
+
+
+def _methods_with(parameter: str) -> list[str]:
+    """Return mergekit's own methods that have a parameter."""
+    from mergekit.merge_methods import registered_methods
+
+    return [
+        method.spec.name
+        for method in registered_methods()
+        if method.spec.name != NAME
+        and parameter in [one.name for one in method.spec.parameters]
+    ]
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,15 @@ def interpolation(config: dict[str, Any], weight: Decimal) -> dict[str, Any]:
     `config` is one of `rpam`: base + weight * (other - base) of its two models, with
     its dtypes. Raises `RpamError` if it does not name them.
     """
+    from rpam_mergekit.models.references import same_text  # imports mergekit
+
     base = config.get("base_model")
     others = [
         entry["model"]
         for entry in config.get("models") or ()
-        if isinstance(entry, dict) and entry.get("model") not in (None, base)
+        if isinstance(entry, dict)
+        and entry.get("model") is not None
+        and not same_text(entry["model"], base)
     ]
     if base is None or len(others) != 1:
         raise RpamError(

@@ -12,6 +12,7 @@ of that model, optional. The other fields record where a label comes from.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import random
@@ -174,6 +175,15 @@ def _parse_line(line: str, patterns: Sequence[str] | None) -> CalibrationQuery:
         query = CalibrationQuery.model_validate(record)
     except ValidationError as error:
         raise _BadLine(*(_problem(e, record) for e in error.errors())) from None
+    misspelt = [
+        f"{key}: unknown key. Did you mean '{near[0]}'?"
+        for key, value in record.items()
+        if key not in CalibrationQuery.model_fields and isinstance(value, str)
+        for near in [difflib.get_close_matches(key, _lacking(record), cutoff=0.85)]
+        if near
+    ]
+    if misspelt:
+        raise _BadLine(*misspelt)
     if patterns is not None and query.pattern not in patterns:
         hint = suggestion(query.pattern, patterns)
         raise _BadLine(f"pattern: found {query.pattern!r}.{hint}")
@@ -187,8 +197,23 @@ def _problem(error: ErrorDetails, record: dict[str, Any]) -> str:
         return f"{field}: missing.{near if 'Did' in near else ''}"
     message = error["msg"].removeprefix("Value error, ")
     if not field:
-        return message
+        return message + _near(record)
     return f"{field}: found {error['input']!r}. {message}"
+
+
+def _lacking(record: dict[str, Any]) -> list[str]:
+    """Return the fields of a query that a line has not."""
+    return [name for name in CalibrationQuery.model_fields if name not in record]
+
+
+def _near(record: dict[str, Any]) -> str:
+    """Return a hint if a line has a key that may be meant for prompt or messages."""
+    for key in record:
+        if key not in CalibrationQuery.model_fields:
+            near = difflib.get_close_matches(key, ("prompt", "messages"), n=1)
+            if near:
+                return f". Did you mean '{near[0]}' by '{key}'?"
+    return ""
 
 
 def _missing_patterns(

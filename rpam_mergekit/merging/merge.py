@@ -25,6 +25,7 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.chat.prompts import EncodedQuery
 from rpam_mergekit.checks.examine import Examination, config_notes
 from rpam_mergekit.checks.fingerprint import fingerprint_of
+from rpam_mergekit.checks.inputs import with_one_spelling
 from rpam_mergekit.checks.models import late_findings
 from rpam_mergekit.errors import refuse
 from rpam_mergekit.formats.hub_path import local_path
@@ -55,7 +56,7 @@ class Merge:
         processes: Processes | None = None,
     ) -> None:
         assert examination.request is not None  # its findings have been refused
-        self.config = config.model_copy(deep=True)
+        self.config = with_one_spelling(config.model_copy(deep=True))
         self.options = options
         self.request = examination.request
         self.notes = examination.notes

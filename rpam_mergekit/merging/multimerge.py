@@ -19,11 +19,14 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import BaseModel
 
 from rpam_mergekit.checks.config_file import check_keys
 from rpam_mergekit.checks.examine import examine
-from rpam_mergekit.checks.inputs import not_passed_on
+from rpam_mergekit.checks.inputs import (
+    not_passed_on,
+    with_one_spelling,
+    with_references,
+)
 from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.folder.contents import RECORD
@@ -62,24 +65,15 @@ def patched_config(
         return patched
     used: set[str] = set()
 
-    def replaced(value: Any) -> Any:
-        if isinstance(value, ModelReference):
-            if value.model.path not in merge_names:
-                return value
-            used.add(value.model.path)
-            path = os.path.join(working_dir, value.model.path)
-            model = value.model.model_copy(update={"path": path})
-            return value.model_copy(update={"model": model})
-        if isinstance(value, BaseModel):
-            fields = {name: replaced(inner) for name, inner in value}
-            return value.model_copy(update=fields)
-        if isinstance(value, dict):
-            return {key: replaced(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [replaced(inner) for inner in value]
-        return value
+    def replaced(model: ModelReference) -> ModelReference:
+        if model.model.path not in merge_names:
+            return model
+        used.add(model.model.path)
+        path = os.path.join(working_dir, model.model.path)
+        inner = model.model.model_copy(update={"path": path})
+        return model.model_copy(update={"model": inner})
 
-    return replaced(config), used
+    return with_references(with_one_spelling(config), replaced), used
 
 
 def make_tasks(

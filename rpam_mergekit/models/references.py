@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit.architecture import arch_info_for_config
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
@@ -82,3 +82,34 @@ def public_name(model: ModelReference) -> str:
         Path(part.path).absolute().name if Path(part.path).exists() else str(part)
         for part in parts
     )
+
+
+def same_model(one: ModelReference, other: ModelReference) -> bool:
+    """Tell whether two references name one model, however their paths are written."""
+    if one.override_architecture != other.override_architecture:
+        return False
+    return _same(one.model, other.model) and _same(one.lora, other.lora)
+
+
+def same_text(one: object, other: object) -> bool:
+    """Tell whether two texts of a config name one model."""
+    try:
+        return same_model(*(ModelReference.parse(str(text)) for text in (one, other)))
+    except (RuntimeError, ValueError):  # of what is no reference
+        return bool(one == other)
+
+
+def _same(one: ModelPath | None, other: ModelPath | None) -> bool:
+    """Tell whether two paths lead to one folder, or are one name of the Hub.
+
+    The Hub takes names in any case.
+    """
+    if one is None or other is None:
+        return one is other
+    if (one.revision or "main") != (other.revision or "main"):
+        return False
+    first, second = Path(one.path), Path(other.path)
+    if first.exists() or second.exists():
+        return first.resolve() == second.resolve()
+    names = {path.path.rstrip("/").casefold() for path in (one, other)}
+    return len(names) == 1
