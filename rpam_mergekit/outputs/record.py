@@ -23,7 +23,7 @@ from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.formats.files import digest_of_file
+from rpam_mergekit.formats.files import digest_of_file, write_whole
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_from
 from rpam_mergekit.models.layout import Layout
@@ -97,9 +97,7 @@ def finish(
     if options.write_model_card and card.exists():
         text = complete(card.read_text(encoding="utf-8"), record)
         card.write_text(text, encoding="utf-8")
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RECORD)
+    write_whole(folder / RECORD, f"{json.dumps(record, indent=1)}\n".encode())
     return reason
 
 
