@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.grading.brackets import KNOWN
 from rpam_mergekit.grading.responses import Markers
+from rpam_mergekit.text import markdown_table
 
 SCALAR_GRANULARITIES = ("layer", "module", "tensor")
 MODEL_PARAMETERS = ("weight", "pattern")
@@ -390,8 +391,12 @@ def _finding(error: Any) -> str:
 
 def settings_table() -> str:
     """Return the settings as the Markdown table of docs/settings.md."""
-    lines = ["| parameter | default | |", "|---|---|---|"]
-    for name, field in RpamSettings.model_fields.items():
-        default = "" if field.default is None else f"`{field.default}`"
-        lines.append(f"| `{name}` | {default} | {field.description} |")
-    return "\n".join(lines)
+    rows = [
+        [
+            f"`{name}`",
+            "" if field.default is None else f"`{field.default}`",
+            field.description,
+        ]
+        for name, field in RpamSettings.model_fields.items()
+    ]
+    return "\n".join(markdown_table(["parameter", "default", ""], rows))

@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rpam_mergekit.text import markdown_table
+
 INTERVAL = 0.005  # seconds between two looks at a process's memory
 MIB = 2**20
 
@@ -189,8 +191,7 @@ def spread(values: Iterable[float], form: str = ".2f") -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
+    return "\n".join(markdown_table(head, rows))
 
 
 def mib(count: float) -> str:

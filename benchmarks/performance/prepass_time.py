@@ -18,6 +18,8 @@ from pathlib import Path
 from _machine import command_line, describe, numbers, own_process, spread, table
 from _random_pairs import fit_pair, small_config, write_pair
 
+from rpam_mergekit.evaluate.plots import new_figure, save
+
 
 @dataclass
 class Point:
@@ -63,12 +65,7 @@ def rate_ratio(points: list[Point]) -> float:
 
 
 def draw(groups: dict[str, list[Point]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(9, 3.5))
+    figure, axes = new_figure((9, 3.5), columns=len(groups), dpi=120)
     for axis, (name, points) in zip(axes, groups.items(), strict=True):
         sizes = [p.size for p in points]
         for point in points:
@@ -80,7 +77,7 @@ def draw(groups: dict[str, list[Point]], path: Path) -> None:
         axis.set_title(f"R² = {straight(points):.4f}", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rpam_mergekit.errors import RpamError
+from rpam_mergekit.evaluate.plots import new_figure, save
 from rpam_mergekit.formats.coefficients import merge
 from rpam_mergekit.grading.brackets import opening_of
 from rpam_mergekit.grading.responses import Markers
@@ -242,12 +244,7 @@ def accuracy_table(results: list[Result]) -> str:
 
 
 def plot(path: Path, merged: Result, points: list[Result], perfect) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.4), dpi=130)
+    figure, axes = new_figure((7, 4.4), dpi=130)
     axes.plot(
         [p.tokens for p in points],
         [100 * p.accuracy for p in points],
@@ -278,7 +275,7 @@ def plot(path: Path, merged: Result, points: list[Result], perfect) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
@@ -356,8 +353,8 @@ def main() -> None:
     try:
         plot(args.merged / "results.png", merged, points, perfect)
         print(f"picture: {args.merged / 'results.png'}")
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    except RpamError as error:
+        print(f"no picture: {error}")
 
 
 if __name__ == "__main__":

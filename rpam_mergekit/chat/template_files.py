@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rpam_mergekit.chat.template_rewriting import generation_prompt, without_opening
 from rpam_mergekit.chat.thinking import ThinkingMode
+from rpam_mergekit.formats.files import write_whole
 from rpam_mergekit.grading.brackets import opening_of
 from rpam_mergekit.grading.responses import Markers
 
@@ -92,9 +92,7 @@ def _rewrite(
     else:
         rewritten = changed[text]
     if rewritten != text:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(rewritten.encode("utf-8"))
-        os.replace(partial, path)
+        write_whole(path, rewritten.encode("utf-8"))
     return whole
 
 

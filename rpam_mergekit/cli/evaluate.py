@@ -14,7 +14,6 @@ from rpam_mergekit.cli.options import (
     say,
 )
 from rpam_mergekit.cli.sample import sampling_options
-from rpam_mergekit.extras import needs
 
 
 @click.command("sweep", context_settings={"ignore_unknown_options": True})
@@ -110,10 +109,10 @@ def compare_command(out: Path, **options: Any) -> None:
     """
     from rpam_mergekit.evaluate import comparison_report
     from rpam_mergekit.evaluate.compare_files import CompareRequest, compare
+    from rpam_mergekit.evaluate.plots import check_picture
 
     with interruptible():
-        with needs("plot"):
-            import matplotlib  # noqa: F401
+        check_picture()
         comparison = compare(CompareRequest(**options))
         click.echo(comparison_report.text(comparison))
         comparison_report.write(out, comparison)
@@ -140,10 +139,10 @@ def report_command(coefficients: Path, out: Path) -> None:
     """
     from rpam_mergekit.evaluate import coefficient_report
     from rpam_mergekit.evaluate.coefficient_figures import read_report
+    from rpam_mergekit.evaluate.plots import check_picture
 
     with interruptible():
-        with needs("plot"):
-            import matplotlib  # noqa: F401
+        check_picture()
         figures = read_report(coefficients)
         click.echo(coefficient_report.text(figures))
         coefficient_report.write(out, figures)

@@ -16,7 +16,6 @@ from rpam_mergekit.cli.options import (
     say,
 )
 from rpam_mergekit.errors import RpamError
-from rpam_mergekit.extras import needs
 from rpam_mergekit.sampling.request import (
     DTYPES,
     GradeRequest,
@@ -350,6 +349,7 @@ def label_command(by: str | None, plot: Path | None, **options: Any) -> None:
 
 def _label(request: LabelRequest, by: str | None, plot: Path | None) -> None:
     from rpam_mergekit.evaluate import label_report
+    from rpam_mergekit.evaluate.plots import check_picture
     from rpam_mergekit.formats.samples import check_folder
     from rpam_mergekit.sampling.label_files import labels_of
     from rpam_mergekit.sampling.labels import write_calibration
@@ -358,8 +358,7 @@ def _label(request: LabelRequest, by: str | None, plot: Path | None) -> None:
     check_folder(out)
     if plot:
         check_folder(plot)
-        with needs("plot"):
-            import matplotlib  # noqa: F401
+        check_picture(plot)
     labels = labels_of(request, say)
     click.echo(label_report.table(labels, labels.guard))
     if by:

@@ -34,6 +34,7 @@ from rpam_mergekit.replay.precision import precision_on
 from rpam_mergekit.routing.figures import SCALES
 from rpam_mergekit.routing.holdout import split_queries
 from rpam_mergekit.settings import PRESETS, RpamSettings
+from rpam_mergekit.text import aligned
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WORDS = {short: long for long, short in DTYPES.items()}
@@ -54,7 +55,7 @@ def summary_lines(examination: Examination) -> Iterator[str]:
             strict=True,
         )
     ]
-    yield from _left(rows)
+    yield from aligned(rows, len(rows[0]))
     if examination.replayable is not None:
         decoder = examination.replayable.decoder
         yield f"{type(decoder.model).__name__}, {len(decoder.layers)} decoder layers"
@@ -68,14 +69,6 @@ def summary_lines(examination: Examination) -> Iterator[str]:
         yield f"{counts} queries, {tokens} tokens"
     changed = ", ".join(_changed(request.settings))
     yield f"settings other than the defaults: {changed or 'none'}"
-
-
-def _left(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _described(header: Header | None) -> list[str]:
@@ -130,7 +123,7 @@ def estimate_lines(examination: Examination, options: MergeOptions) -> Iterator[
         check_disk(folder, 2 * kept, "the coefficients, by layer and as a whole,")
         rows += _of_prepass(examination, request, seen, folder, options)
     yield "estimate:"
-    yield from (f"  {line}" for line in _left(rows))
+    yield from (f"  {line}" for line in aligned(rows, len(rows[0])))
 
 
 def _of_prepass(

@@ -6,7 +6,6 @@ As text, as a picture, and as one HTML page that needs nothing but itself.
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate import routing_report
 from rpam_mergekit.evaluate.coefficient_figures import OUTSIDE, CoefficientReport
-from rpam_mergekit.extras import needs
+from rpam_mergekit.evaluate.plots import new_figure, rendered, save
+from rpam_mergekit.formats.files import write_whole
 from rpam_mergekit.text import aligned
 
 
@@ -127,18 +127,12 @@ def module_rows(report: CoefficientReport) -> list[list[str]]:
     return rows
 
 
-def draw(report: CoefficientReport, file: Any, form: str) -> None:
-    """Draw gaps by layer, coefficients by module and departures into `file`."""
-    with needs("plot"):
-        import matplotlib
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "rpam"  # the same bytes every time
-    import matplotlib.pyplot as plt
-
+def picture(report: CoefficientReport) -> Any:
+    """Return a figure: gaps by layer, coefficients by module, and departures."""
     modules = report.modules
     height = 2.6 + 0.26 * len(modules)
-    figure, (gaps, spread, moved) = plt.subplots(
-        1, 3, figsize=(13, max(3.6, height)), dpi=110, layout="constrained"
+    figure, (gaps, spread, moved) = new_figure(
+        (13, max(3.6, height)), columns=3, dpi=110, layout="constrained"
     )
     numbers = [layer["layer"] for layer in report.layers]
     for key, style, name in (
@@ -178,17 +172,13 @@ def draw(report: CoefficientReport, file: Any, form: str) -> None:
     moved.set(xlabel="layer")
     moved.set_xticks(range(len(layers)), layers, fontsize=7)
     figure.colorbar(image, ax=moved, label="departure from the initial weight")
-    figure.savefig(
-        file, format=form, metadata={"Date": None} if form == "svg" else None
-    )
-    plt.close(figure)
+    return figure
 
 
 def page(report: CoefficientReport) -> str:
     """Return the report as one HTML page without scripts or links to other files."""
-    picture = io.StringIO()
-    draw(report, picture, "svg")
-    svg = picture.getvalue()[picture.getvalue().index("<svg") :]
+    svg = rendered(picture(report), "svg").decode("utf-8")
+    svg = svg[svg.index("<svg") :]
     head, rows = layer_rows(report)
     settings = [[name, str(value)] for name, value in sorted(report.settings.items())]
     title = f"rpam: {' + '.join(_models(report).values())}"
@@ -241,9 +231,8 @@ def write(folder: Path, report: CoefficientReport) -> None:
     """Write report.txt, report.png and report.html into `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.txt").write_text(text(report) + "\n", encoding="utf-8")
-        with open(folder / "report.png", "wb") as file:
-            draw(report, file, "png")
-        (folder / "report.html").write_text(page(report), encoding="utf-8")
+        write_whole(folder / "report.txt", f"{text(report)}\n".encode())
+        save(picture(report), folder / "report.png")
+        write_whole(folder / "report.html", page(report).encode())
     except OSError as error:
         raise RpamError(f"--out: cannot write {folder}: {error.strerror}") from None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate.compare import METRICS, Comparison, Estimate, Model
-from rpam_mergekit.extras import needs
-from rpam_mergekit.text import aligned
+from rpam_mergekit.evaluate.plots import new_figure, save
+from rpam_mergekit.formats.files import write_whole
+from rpam_mergekit.text import aligned, markdown_table
 
 _HEADINGS = {
     "accuracy": "accuracy",
@@ -57,16 +57,19 @@ def markdown(found: Comparison) -> str:
         if len(found.rows) > 1:
             lines += [f"**{dataset}**", ""]
         rows = [_row(found, dataset, model) for model in _shown(found)]
-        lines += [*_markdown(["", *_HEADINGS.values(), "median tokens"], rows), ""]
+        lines += [*markdown_table(["", *_HEADINGS.values(), "median tokens"], rows), ""]
     if found.against:
         rows = [
             [_YARDSTICKS[name], shown(level, ".1%"), shown(difference, "+.1%")]
             for name, (level, difference) in found.against.items()
         ]
-        lines += [*_markdown(["yardstick", "accuracy", "merged, less that"], rows), ""]
+        lines += [
+            *markdown_table(["yardstick", "accuracy", "merged, less that"], rows),
+            "",
+        ]
     strata = _strata(found)
     if strata:
-        lines += _markdown(strata[0], strata[1:])
+        lines += markdown_table(strata[0], strata[1:])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -92,17 +95,12 @@ def table_csv(found: Comparison) -> str:
     return out.getvalue()
 
 
-def plot(path: Path, found: Comparison) -> None:
+def picture(found: Comparison) -> Any:
     """Draw accuracy against mean tokens, with intervals and yardsticks.
 
     Models differ by marker and yardsticks by dashes, not by colour alone.
     """
-    with needs("plot"):
-        import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.6), dpi=130)
+    figure, axes = new_figure((7, 4.6), dpi=130)
     for points, style, colour, name in (
         (found.curve, "o-", "0.55", "interpolation sweep"),
         (found.hull, "--", "0.35", "its upper hull"),
@@ -144,12 +142,11 @@ def plot(path: Path, found: Comparison) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
 
 
 def write(folder: Path, found: Comparison) -> None:
-    """Write compare.txt, compare.csv, compare.md and, with matplotlib, compare.png."""
+    """Write compare.txt, compare.csv, compare.md and compare.png into `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (
@@ -157,10 +154,10 @@ def write(folder: Path, found: Comparison) -> None:
             ("compare.csv", table_csv(found)),
             ("compare.md", markdown(found)),
         ):
-            (folder / name).write_text(content, encoding="utf-8", newline="\n")
+            write_whole(folder / name, content.encode())
+        save(picture(found), folder / "compare.png")
     except OSError as error:
         raise RpamError(f"--out: cannot write {folder}: {error.strerror}") from None
-    plot(folder / "compare.png", found)
 
 
 def shown(e: Estimate, form: str) -> str:
@@ -206,11 +203,6 @@ def _strata(found: Comparison) -> list[list[str]]:
             cells.append(f"{accuracy:.0%}, {count}, {thinks:.0%}".replace("%", " %"))
         rows.append([label, *cells])
     return rows
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _errors(e: Estimate, scale: float) -> Any:

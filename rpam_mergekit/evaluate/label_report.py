@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.errors import RpamError, suggestion
-from rpam_mergekit.extras import needs
+from rpam_mergekit.evaluate.plots import new_figure, save
 from rpam_mergekit.formats.calibration import PATTERNS
 from rpam_mergekit.questions.leaks import LeakGuard
 from rpam_mergekit.sampling.labels import Labels
@@ -84,13 +84,8 @@ def _shown(value: float | None, form: str) -> str:
 
 def plot(path: Path, labels: Labels) -> None:
     """Draw every labelled query: accuracy gained by reasoning against its tokens."""
-    with needs("plot"):
-        import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     scatter = random.Random(0)
-    figure, axes = plt.subplots(figsize=(7, 4.4), dpi=130)
+    figure, axes = new_figure((7, 4.4), dpi=130)
     for pattern, marker, colour in (
         ("long", "^", "#D55E00"),
         ("short", "o", "#0072B2"),
@@ -112,5 +107,7 @@ def plot(path: Path, labels: Labels) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        save(figure, path)
+    except OSError as error:
+        raise RpamError(f"--plot: cannot write {path}: {error.strerror}") from None

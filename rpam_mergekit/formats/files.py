@@ -1,8 +1,9 @@
-"""Files on disk: digests of their content, and their mode."""
+"""Files: digests of their content, small ones written whole, and their mode."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,3 +44,14 @@ def make_ordinary(paths: Iterable[Path]) -> None:
             modes[path.parent] = new.stat().st_mode & 0o777
             new.unlink()
         path.chmod(modes[path.parent])
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, from beside it. Raises `OSError`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,7 @@ is added stands between two markers, and is replaced when it is made again.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -15,6 +15,7 @@ import yaml
 from rpam_mergekit.errors import RpamError, first_line
 from rpam_mergekit.evaluate.routing_report import NOTE, summary, table, warnings
 from rpam_mergekit.settings import PRESETS, RpamSettings
+from rpam_mergekit.text import markdown_table
 
 START, END = "<!-- rpam -->", "<!-- /rpam -->"
 TAGS = ("rpam", "reasoning")
@@ -51,7 +52,7 @@ def complete(
             "### Reasoning pattern alignment",
             "",
             *_method(record, weights),
-            *_table(["model", "reasoning pattern", ""], _models(record)),
+            *markdown_table(["model", "reasoning pattern", ""], _models(record)),
             "",
             *_thinking(record),
             *_settings(record),
@@ -234,7 +235,7 @@ def _routing(record: Mapping[str, Any]) -> list[str]:
         said = warnings(point, of_layers, granularity)
         lines += [f"Warning: {text}" for text in said]
     head, rows = table(point)
-    return [*lines, "", *_table(head, rows), "", f"{NOTE}.", ""]
+    return [*lines, "", *markdown_table(head, rows), "", f"{NOTE}.", ""]
 
 
 def _layers(record: Mapping[str, Any]) -> list[str]:
@@ -254,7 +255,7 @@ def _layers(record: Mapping[str, Any]) -> list[str]:
     return [
         "<details><summary>Layers</summary>",
         "",
-        *_table(head, rows),
+        *markdown_table(head, rows),
         "",
         "Gap: squared distance to the model that each query should follow; 1 is the "
         "distance of the other model. Coefficient: share of the model that is not the "
@@ -297,11 +298,3 @@ def _comparison(table: str | None) -> list[str]:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
-        for line in lines
-    ]

@@ -30,7 +30,7 @@ from rpam_mergekit.folder.contents import (
     weight_digests,
 )
 from rpam_mergekit.formats.coefficients import CoefficientsFile
-from rpam_mergekit.formats.files import digest_of_file, make_ordinary
+from rpam_mergekit.formats.files import digest_of_file, make_ordinary, write_whole
 from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_from
 from rpam_mergekit.models.layout import Layout
@@ -85,10 +85,9 @@ def finish(
     if options.write_model_card and card.exists():
         text = complete(card.read_text(encoding="utf-8"), record)
         card.write_text(text, encoding="utf-8")
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    make_ordinary(p for p in (*folder.iterdir(), *folder.glob("*/*")) if p.is_file())
-    os.replace(partial, folder / RECORD)
+    written = (*folder.iterdir(), *folder.glob("*/*"))
+    make_ordinary(p for p in written if p.is_file() and not p.is_symlink())
+    write_whole(folder / RECORD, f"{json.dumps(record, indent=1)}\n".encode())
     return reason
 
 

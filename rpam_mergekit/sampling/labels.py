@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.calibration import PATTERNS
+from rpam_mergekit.formats.files import write_whole
 from rpam_mergekit.formats.samples import Response, SampledQuery
 from rpam_mergekit.grading.responses import (
     ANSWERED,
@@ -329,12 +329,9 @@ def write_calibration(path: Path, labels: Labels) -> None:
                     else "sample easier queries, or check SHORT's grades."
                 )
             )
-    temporary = path.with_name(f".{path.name}.tmp")
+    records = (row.record(labels.responses) for row in labels.chosen)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for row in labels.chosen:
-                record = row.record(labels.responses)
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, "".join(lines).encode())
     except OSError as error:
         raise RpamError(f"--out: cannot write {path}: {error.strerror}") from None

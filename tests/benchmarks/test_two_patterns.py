@@ -544,7 +544,7 @@ def test_two_versions_are_compared_and_nothing_is_made_twice(tmp_path):
     command = [sys.executable, str(STUDY / "compare_defaults.py")]
     command += ["--old", str(old), "--new", str(new), "--pairs", "chains-qwen2"]
     command += ["--seeds", "5", "--queries-per-pattern", "8", "--queries", "4"]
-    command += ["--results", str(results)]
+    command += ["--results", str(results), "--steps", "20"]
     environment = {**os.environ, "RPAM_LAB": str(tmp_path / "lab")}
 
     def compare(*more: str) -> str:

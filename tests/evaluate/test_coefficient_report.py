@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 
 from helpers.commands import run, succeeded
 from helpers.models import merge_config
+from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate import coefficient_report
 from rpam_mergekit.evaluate.coefficient_figures import _thinned, read_report
+from rpam_mergekit.evaluate.plots import check_picture, new_figure, save
 from rpam_mergekit.formats.coefficients import CoefficientsFile, coefficient
 
 
@@ -110,3 +114,25 @@ def test_what_is_no_coefficients_file_is_refused(tmp_path):
         assert re.search(expected, process.stderr)
         assert "Traceback" not in process.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_a_picture_is_checked_before_anything_is_drawn(tmp_path):
+    for name in ("p.png", "p.SVG", "p"):
+        check_picture(tmp_path / name)
+    with pytest.raises(RpamError, match=r"p\.doc: .* 'doc'.* \.pdf, .*\.png"):
+        check_picture(tmp_path / "p.doc")
+
+
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_a_picture_is_saved_whole_and_again_the_same(tmp_path, form):
+    before = dict(os.environ), {*sys.modules}
+    for name in ("a", "b"):
+        figure, (left, right) = new_figure((3, 2), columns=2)
+        left.plot([1, 2])
+        right.plot([2, 1])
+        save(figure, tmp_path / f"{name}.{form}")
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == [f"a.{form}", f"b.{form}"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert dict(os.environ) == before[0]
+    assert "matplotlib.pyplot" not in {*sys.modules} - before[1]

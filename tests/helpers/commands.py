@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,13 +52,41 @@ def run(
     """Run one of the environment's commands in a process of its own; never raises.
 
     A command of mergekit or ours is forked from this process, where the libraries are
-    imported already, unless it is given an environment, which they read when they are
-    imported. On machines with a GPU nothing is forked: CUDA does not survive it.
+    imported already, unless it is given an environment other than huggingface_hub's,
+    which may be read when they are imported. On machines with a GPU nothing is forked:
+    CUDA does not survive it.
     """
-    if not environment and not torch.cuda.is_available():
-        for script in entry_points(group="console_scripts", name=command[0]):
-            return _forked(script, command, cwd)
+    if _forkable(command, environment):
+        process = Forked(command, cwd, environment)
+        try:
+            said = process.communicate()
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, process.returncode, *said)
     return run_fresh(command, cwd, **environment)
+
+
+def start(command: list[str]) -> Forked | subprocess.Popen[str]:
+    """Start one of the environment's commands in a session of its own."""
+    if _forkable(command, {}):
+        return Forked(command, None, {})
+    return subprocess.Popen(
+        [str(SCRIPTS / command[0]), *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
+    )
+
+
+def _forkable(command: list[str], environment: dict[str, str]) -> bool:
+    of_hub = all(name.startswith("HF_") for name in environment)
+    return of_hub and bool(_scripts(command)) and not torch.cuda.is_available()
+
+
+def _scripts(command: list[str]) -> EntryPoints:
+    return entry_points(group="console_scripts", name=command[0])
 
 
 def run_fresh(
@@ -94,25 +122,52 @@ def _preload() -> None:
         importlib.import_module(name)
 
 
-def _forked(
-    script, command: list[str], cwd: Path | None
-) -> subprocess.CompletedProcess[str]:
-    _preload()
-    with TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=_be, args=(script, command, cwd, files))
-        process.start()
-        process.join(TIMEOUT)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutError(f"{command} did not end")
-        out, err = (file.read_text(encoding="utf-8") for file in files)
-    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+class Forked:
+    """A command of mergekit or ours in a forked process, with what `Popen` has."""
+
+    def __init__(
+        self, command: list[str], cwd: Path | None, environment: dict[str, str]
+    ) -> None:
+        _preload()
+        self._folder = TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        (script,) = _scripts(command)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_be, args=(script, command, cwd, self._files, environment)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = TIMEOUT) -> tuple[str, str]:
+        if self.wait(timeout) is None:
+            raise TimeoutError(f"process {self.pid} did not end")
+        out, err = (file.read_text(encoding="utf-8") for file in self._files)
+        return out, err
 
 
-def _be(script, command: list[str], cwd: Path | None, files: list[Path]) -> None:
+def _be(
+    script,
+    command: list[str],
+    cwd: Path | None,
+    files: list[Path],
+    environment: dict[str, str],
+) -> None:
     """Be a console script in a forked process, with none of pytest's state."""
+    os.setsid()
     # PyTorch makes its threads anew after a fork; two threads at once must not try.
     torch.set_num_threads(1)
     for number, file in enumerate(files, 1):
@@ -121,7 +176,7 @@ def _be(script, command: list[str], cwd: Path | None, files: list[Path]) -> None
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     logging.getLogger().handlers.clear()
     warnings.showwarning = warnings._showwarning_orig  # type: ignore[attr-defined]
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    _read_anew({"HF_HUB_OFFLINE": "1", **environment})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(cwd or os.getcwd())
     sys.argv = list(command)
@@ -141,11 +196,35 @@ def _be(script, command: list[str], cwd: Path | None, files: list[Path]) -> None
         os._exit(status if isinstance(status, int) else int(status is not None))
 
 
+def _read_anew(environment: dict[str, str]) -> None:
+    """Give this process an environment that huggingface_hub has read on its import.
+
+    What has been copied from its constants into other modules is found by its value.
+    """
+    os.environ.update(environment)
+    constants, seen = huggingface_hub.constants, {}
+    for name, value in vars(constants).items():
+        if name.isupper() and isinstance(value, (str, bool, type(None))):
+            seen[name] = value
+    importlib.reload(constants)
+    changed = {n: v for n, v in seen.items() if vars(constants).get(n) != v}
+    home, new_home = seen["HF_HOME"], constants.HF_HOME
+    for module in [*sys.modules.values()]:
+        for name, value in [*getattr(module, "__dict__", {}).items()]:
+            if name in changed and value == changed[name]:
+                setattr(module, name, getattr(constants, name))
+            elif isinstance(value, (str, Path)) and str(value).startswith(home):
+                moved = str(value).replace(home, new_home, 1)
+                setattr(module, name, type(value)(moved))
+    huggingface_hub.hf_api.api.endpoint = constants.ENDPOINT
+    huggingface_hub.close_session()
+
+
 def succeeded(process) -> None:
     assert process.returncode == 0, process.stderr
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: Forked | subprocess.Popen) -> None:
     deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]

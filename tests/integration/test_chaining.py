@@ -71,13 +71,13 @@ def here(models, tmp_path, monkeypatch) -> Path:
 
 
 def example(name: str, models: Path) -> str:
-    """Return a config of the page by its name there."""
+    """Return a config of the page by its name there, with few steps."""
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     text = dict(blocks)[name]
     for public, local in NAMES.items():
         text = text.replace(public, str(models / local))
-    return text
+    return text.replace("{calibration: ", "{steps: 10, calibration: ")
 
 
 def documents(text: str) -> list[dict]:

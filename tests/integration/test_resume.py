@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.commands import run, wait_for
+from helpers.commands import run, start, wait_for
 from helpers.merged import COEFFICIENTS, solved
 from helpers.models import merge_config
 from helpers.paths import SCRIPTS
@@ -23,18 +23,6 @@ def command(folder: Path, pair: Path, **changes) -> list[str]:
     path = folder / "rpam.yml"
     path.write_text(yaml.safe_dump(merge_config(pair, **changes)))
     return ["mergekit-yaml", str(path), str(folder / "out")]
-
-
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [str(SCRIPTS / arguments[0]), *arguments[1:]],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        start_new_session=True,
-        **options,
-    )
 
 
 def written(folder: Path) -> list[bytes]:
@@ -137,7 +125,13 @@ def largest_file(size: int):
 def test_a_full_disk_loses_nothing(pair, tmp_path, uninterrupted, share, layers, said):
     arguments = command(tmp_path, pair, parameters=SLOWLY)
     size = int(share * len(uninterrupted[-1]))
-    process = start(arguments, preexec_fn=largest_file(size))
+    process = subprocess.Popen(
+        [str(SCRIPTS / arguments[0]), *arguments[1:]],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        preexec_fn=largest_file(size),
+    )
     message = process.communicate(timeout=600)[1]
     assert process.returncode == 1
     assert said in message
@@ -161,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_pre_pass(pair, tmp_p
 
 def test_two_runs_at_once_make_one_file(pair, tmp_path):
     shared = tmp_path / "shared.safetensors"
-    parameters = {"epochs": 600, "coefficients": str(shared)}
+    parameters = {"epochs": 250, "coefficients": str(shared)}
     running = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.commands import run, succeeded
+from helpers.commands import run, start, succeeded
 from helpers.pages import shell_lines
 from helpers.paths import QUICKSTART, SCRIPTS
 from helpers.sampling import TASK, refused, sample, serving
@@ -132,11 +132,7 @@ def killed_at_random(command: list[str], out: Path, kills: int, longest: float) 
     rng = random.Random(0)
     hits = 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            [str(SCRIPTS / command[0]), *command[1:]],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start(command)
         before = out.stat().st_size if out.exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -148,8 +144,8 @@ def killed_at_random(command: list[str], out: Path, kills: int, longest: float) 
         with contextlib.suppress(psutil.NoSuchProcess):  # it had finished
             children = psutil.Process(process.pid).children(recursive=True)
         hits += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, "a killed run leaves no process behind"
     return hits
@@ -421,8 +417,8 @@ def test_the_quickstarts_calibration_file_is_made_by_its_commands(tmp_path):
     for name in ("chains.py", "questions.py"):
         shutil.copy(QUICKSTART / name, tmp_path)
     lines = shell_lines(QUICKSTART / "README.md")
-    start = next(n for n, line in enumerate(lines) if "questions.py" in line)
-    for line in lines[start:]:
+    first = next(n for n, line in enumerate(lines) if "questions.py" in line)
+    for line in lines[first:]:
         process = run(shlex.split(line), cwd=tmp_path)
         succeeded(process)
     shares = shares_by_operations(process.stdout)

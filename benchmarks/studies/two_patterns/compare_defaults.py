@@ -122,6 +122,7 @@ class Comparison:
         self.pairs = [PAIRS[name] for name in args.pairs]
         self.seeds = tuple(args.seeds)
         self.sizes: list[int | None] = args.queries_per_pattern or [None]
+        self.steps = {} if args.steps is None else {"steps": args.steps}
         self.asked = {"queries": args.queries, "split": args.split}
         self.roots = {v: getattr(args, v).resolve() for v in VERSIONS}
         self.code = {v: code_digest(root) for v, root in self.roots.items()}
@@ -133,7 +134,7 @@ class Comparison:
 
     def merge(self, pair: Pair, seed: int, size: int | None) -> Job:
         chosen = {} if size is None else {"queries_per_pattern": size}
-        job = rpam(pair, "main", "defaults", seed, **chosen)
+        job = rpam(pair, "main", "defaults", seed, **self.steps, **chosen)
         return replace(job, **self.asked)
 
     def merges(self) -> Iterator[tuple[Job, str]]:
@@ -277,6 +278,9 @@ def main() -> None:
         type=int,
         metavar="N",
         help="sizes of the calibration set that are compared, such as 64 512",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="not the versions' own: a test of this script"
     )
     parser.add_argument("--queries", type=int, default=100, help="of each difficulty")
     parser.add_argument("--split", choices=("validation", "test"), default="test")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -160,10 +162,20 @@ def methods(pairs: Sequence[PairResults]) -> list[str]:
     return table(["pair", "rpam", *names, "karcher"], rows)
 
 
+def findings() -> str:
+    """Return the text of findings.md with its links as they are from `DOCS`."""
+    text = (HERE / "findings.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(?<=\]\()(?!\w+:|#)[^)#]+",
+        lambda link: Path(os.path.relpath(HERE / link[0], DOCS)).as_posix(),
+        text,
+    )
+
+
 def write(pairs: Sequence[PairResults], docs: Path) -> None:
     """Write evidence.md and evidence.png into `docs`."""
     lines = [
-        (HERE / "findings.md").read_text(encoding="utf-8").rstrip(),
+        findings().rstrip(),
         "",
         "![Accuracy against mean tokens, for every pair](evidence.png)",
         "",

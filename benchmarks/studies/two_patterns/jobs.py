@@ -72,7 +72,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 # What a quick run is made of.
 QUICK = {f"{share:.5f}" for share in (0.15, 0.25, 0.4, 0.7)}
 QUICK |= {"ties 0.5, density 0.7", "karcher", "reference", "tensor"}
-QUICK_PARAMETERS = {"queries_per_pattern": 96}
+QUICK_PARAMETERS = {"queries_per_pattern": 48, "steps": 80}
 
 
 @dataclass(frozen=True)
@@ -170,4 +170,4 @@ def shortened(job: Job) -> Job | None:
         config["parameters"] = {**config["parameters"], **QUICK_PARAMETERS}
     elif job.group in ("sweep", "methods") and job.name not in QUICK:
         return None
-    return replace(job, config=config, seeds=SEEDS[:1], queries=40)
+    return replace(job, config=config, seeds=SEEDS[:1], queries=16)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from figures import point, router
 
+from rpam_mergekit.evaluate.plots import new_figure, save
 from rpam_mergekit.evaluate.yardsticks import upper_hull
 
 
@@ -17,16 +18,11 @@ def draw(path: Path, pairs: Sequence) -> None:
     Experts, sweep and other methods are means over the seeds' test queries; of the
     merged model every seed is shown.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.5 * rows), dpi=110, squeeze=False
-    )
+    size = (4.2 * columns, 3.5 * rows)
+    figure, axes = new_figure(size, rows, columns, dpi=110)
+    axes = np.reshape(axes, (rows, columns))
     for spare in axes.flat[len(pairs) :]:
         spare.axis("off")
     for at, pair in zip(axes.flat, pairs, strict=False):
@@ -40,8 +36,7 @@ def draw(path: Path, pairs: Sequence) -> None:
     else:
         figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0 if spare is not None else 0.16, 1, 1))
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _panel(at, pair) -> None:

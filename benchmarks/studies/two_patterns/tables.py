@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from figures import interval
 
+from rpam_mergekit.text import markdown_table
+
 
 def percent(values: Sequence[float], sign: str = "", places: int = 1) -> str:
     """Return mean and half interval of shares over the seeds of one pair."""
@@ -22,5 +24,4 @@ def spread(
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return [*markdown_table(head, rows), ""]
