@@ -34,7 +34,7 @@ _SAID, _THOUGHT = "said", "thought"
 
 # How a turn was made whole, beside "" where there was nothing to do.
 JOINED = "joined"  # thinking and answer were put together
-DIRECT = "direct"  # "thinking" without an answer, taken for an answer given at once
+DIRECT = "direct"  # "thinking" without an answer, taken for the answer itself
 UNANSWERED = "unanswered"  # thinking without an answer, left as that
 
 ECHO = "echo"  # the prompt stood before it
@@ -157,35 +157,29 @@ def _alone(
 ) -> tuple[str, str]:
     """Return the turn of a message that has thinking and no content.
 
-    It was closed, or not even opened, or cut off. The number of generated tokens says
-    which, where it is that of one of these exactly. Else a turn that has ended, in a
-    prompt that did not open the thinking, is an answer: models hardly ever end a turn
-    within their thinking, and parsers take every answer without a marker for it.
+    It was closed with nothing behind it, or never closed, or not even opened. The
+    number of generated tokens says which, where it is just that of one of these. Else
+    what has ended is an answer: models hardly ever end a turn within their thinking,
+    and parsers take every text without a closing marker for it.
     """
     begins = opening or usual_opening(markers)
-    opened, closed = begins + thought, f"{begins}{thought}\n{markers.close}"
     ended = finish == "stop"
+    at_once = (begins + thought if opening else thought), DIRECT
+    begun = begins + thought, UNANSWERED
+    closed = f"{begins}{thought}\n{markers.close}", UNANSWERED
+    openings = ("",) if opening else (markers.open, usual_opening(markers))
+    written = [(thought, at_once if ended or not opening else begun)]
+    written += [(f"{one}{thought}", begun) for one in openings if one]
+    for one in openings:
+        written += [
+            (f"{one}{thought}{gap}{markers.close}", closed) for gap in ("", "\n")
+        ]
     if tokens is not None and count is not None:
-        for text, written, kind in (
-            (thought if not opening else opened, thought, DIRECT),
-            *((opened, begun + thought, UNANSWERED) for begun in _begun(markers)),
-            *(
-                (closed, f"{begun}{thought}{space}{markers.close}", UNANSWERED)
-                for begun in ("", *_begun(markers))
-                for space in ("", "\n")
-            ),
-        ):
-            if opening and written.startswith(markers.open):
-                continue  # it stood in the prompt
-            if tokens - count(written) in ((0, 1) if ended else (0,)):
-                return text, kind if not (opening and kind == DIRECT) else UNANSWERED
-    if ended and not opening:
-        return thought, DIRECT
-    return opened, UNANSWERED
-
-
-def _begun(markers: Markers) -> tuple[str, ...]:
-    return markers.open, usual_opening(markers)
+        for text, turn in written:
+            # Most servers count the end token, where there is one.
+            if tokens - count(text) in ((0, 1) if ended else (0,)):
+                return turn
+    return at_once if ended else begun
 
 
 def _pieces(message: Mapping[str, Any]) -> list[tuple[str, str]]:

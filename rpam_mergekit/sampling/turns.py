@@ -44,10 +44,10 @@ _DONE = {
     JOINED: "the server splits off the reasoning (a reasoning parser): in {n} "
     "responses it was put back between the thinking markers, its exact spacing is "
     f"lost. {_WHOLE}",
-    DIRECT: "{n} responses came as reasoning without content, though they ended and "
-    "their prompts opened no thinking: they are taken for answers given at once. Many "
-    "reasoning parsers take an answer without '{close}' for thinking (vllm-project/"
-    f"vllm#13125). {_WHOLE}",
+    DIRECT: "{n} responses came as reasoning without content, though they ended: they "
+    "are taken for answers given at once (after a prompt that opened the thinking, "
+    "only short ones). Many reasoning parsers take an answer without '{close}' for "
+    f"thinking (vllm-project/vllm#13125). {_WHOLE}",
     UNANSWERED: "{n} responses came as reasoning without content: they are taken for "
     f"thinking without an answer. {_WHOLE}",
     ECHO: "{n} responses begin with the prompt itself: it was cut off. The server "
