@@ -190,8 +190,7 @@ def range_findings(
 def head_notes(models: MergeModels, found: Matched) -> list[str]:
     """Return a note where the merged head would not be the base's tied embedding.
 
-    mergekit writes a right `lm_head.weight`, but config.json keeps the base's
-    `tie_word_embeddings`, by which some servers do without it.
+    The merged one is a tensor of its own then, and the output's config.json says so.
     """
     tied = {
         model: bool(value_of(config.get_text_config(), "tie_word_embeddings"))
@@ -203,9 +202,8 @@ def head_notes(models: MergeModels, found: Matched) -> list[str]:
     return [
         f"the head is tied to the embeddings in {models.base}, not in "
         f"{', '.join(untied)}, and embeddings or head are merged (outside_weight, "
-        "weight). The merged head is a tensor of its own, but config.json says that it "
-        "is tied: transformers loads it right, vLLM ignores it. Set "
-        "tie_word_embeddings to false in the output's config.json"
+        "weight). The merged head is a tensor of its own, and config.json of the "
+        "output says that it is not tied (tie_word_embeddings: false)"
     ]
 
 

@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.folder.json_text import with_value
+from rpam_mergekit.formats.files import digest_of_file
 from rpam_mergekit.models.headers import cached_folder
 
 MODEL = (
@@ -89,6 +90,12 @@ def copy_base_files(
         shutil.copyfile(source / name, folder / name)
     if template is not None and names_in(folder, TOKENIZER):
         _set_template(folder, template)
+
+
+def file_digests(source: Path) -> dict[str, str]:
+    """Return the SHA-256 of all files that a merged model has of its base, by name."""
+    names = {*names_in(source, (*MODEL, *TOKENIZER)), *code_in(source)}
+    return {name: digest_of_file(source / name) for name in sorted(names)}
 
 
 def names_in(folder: Path, patterns: Iterable[str]) -> list[str]:

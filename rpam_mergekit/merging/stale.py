@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions
 from rpam_mergekit.checks.fingerprint import ALGORITHM
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.base_files import base_folder, file_digests
 from rpam_mergekit.folder.contents import IN_OUTPUT, RECORD, read_record
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.formats.coefficients import CoefficientsFile
@@ -84,6 +85,12 @@ def _changed(
     for model, known in zip(models.every, recorded, strict=True):
         if _differs(model, known, options):
             yield f"the model {model}"
+    before = record.get("base_files")  # which records of before have not
+    if before is not None:
+        now = file_digests(base_folder(models.base))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                yield f"{name} of the model {models.base}"
 
 
 def _changed_data(

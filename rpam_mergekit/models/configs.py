@@ -46,7 +46,7 @@ _NO_PART = {
     "transformers_version",
     "use_cache",
 }
-_NO_PARTS = ("dropout", "drop", "initializer", "_attn_implementation", "pdrop")
+_NO_PARTS = ("dropout", "pdrop", "initializer", "attn_implementation")  # of names
 # By which the rotary embedding does not depend on the length of the context.
 _FIXED_ROPE = {"default", "linear", "llama3"}
 # Of a generation config, what says how responses are drawn.
@@ -71,7 +71,7 @@ def computed_with(config: PretrainedConfig) -> dict[str, Any]:
     found = {
         key: value
         for key, value in values.items()
-        if key not in _NO_PART and not key.endswith(_NO_PARTS)
+        if key not in _NO_PART and not any(part in key for part in _NO_PARTS)
     }
     types = {one.get("rope_type") for one in _ropes(values.get("rope_parameters"))}
     if types and types <= _FIXED_ROPE:

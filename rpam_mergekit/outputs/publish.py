@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rpam_mergekit.errors import RpamError, collect, refuse
+from rpam_mergekit.folder.base_files import MODEL, TOKENIZER
 from rpam_mergekit.folder.contents import (
     CARD,
     COEFFICIENTS,
@@ -35,19 +36,8 @@ from rpam_mergekit.outputs.public_names import public_card, public_config, publi
 
 # Besides the weights, what belongs to a model; all else in the folder is left out.
 OF_A_MODEL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "chat_template.*",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *MODEL,
+    *(name for name in TOKENIZER if "/" not in name),
     "*.py",
     "LICENSE*",
     "NOTICE*",

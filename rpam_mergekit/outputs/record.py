@@ -22,6 +22,7 @@ from rpam_mergekit.chat.thinking import ThinkingMode
 from rpam_mergekit.checks.inputs import read_inputs
 from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError
+from rpam_mergekit.folder.base_files import base_folder, file_digests
 from rpam_mergekit.folder.contents import (
     IN_OUTPUT,
     METHOD,
@@ -72,6 +73,7 @@ def finish(
     path_named = named or IN_OUTPUT.as_posix()
     record = record_of(file, config, request, options, path_named, removed)
     record["weights"] = weight_digests(folder)
+    record["base_files"] = file_digests(base_folder(request.models.base))
     reason = None
     if not finer_entries(file):
         try:

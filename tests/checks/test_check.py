@@ -251,7 +251,7 @@ def test_a_head_that_servers_would_ignore_is_noted(check, tmp_path, tokenizer):
     save_experts(tmp_path, qwen2_config(tokenizer), tokenizer, ["short"])
     write_calibration(tmp_path / "calibration.jsonl")
     result = check(merge_config(tmp_path, parameters={"outside_weight": 0.5}))
-    noted(result, "vLLM ignores it. Set tie_word_embeddings to false")
+    noted(result, "says that it is not tied (tie_word_embeddings: false)")
     assert "vLLM" not in check(merge_config(tmp_path)).stdout
 
 

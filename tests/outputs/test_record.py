@@ -130,6 +130,11 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
         "weights": {
             "model.safetensors": sha256((merged / "model.safetensors").read_bytes())
         },
+        "base_files": {
+            path.name: sha256(path.read_bytes())
+            for path in sorted((pair / "long").iterdir())
+            if path.name != "model.safetensors"
+        },
     }
 
 
