@@ -54,7 +54,9 @@ def _routing_lines(report: CoefficientReport) -> list[str]:
             routing_report.operating_point(report.point),
             *found,
         ]
-    return [*found, *routing_report.warnings(report.point, report.layers)]
+    granularity = report.settings.get("granularity")
+    said = routing_report.warnings(report.point, report.layers, granularity)
+    return [*found, *said]
 
 
 def _models(report: CoefficientReport) -> dict[str, str]:

@@ -79,6 +79,9 @@ def test_one_pattern_only_is_refused(write):
         ("[1]", "found a JSON list, expected an object"),
         ({"prompt": "x"}, "pattern: missing"),
         ({"prompt": "x", "patern": "long"}, "Did you mean 'patern'?"),
+        ({"promt": "x", "pattern": "long"}, "Did you mean 'prompt' by 'promt'?"),
+        ({"message": [], "pattern": "long"}, "Did you mean 'messages' by 'message'?"),
+        ({**SHORT, "respons": "1"}, "respons: unknown key. Did you mean 'response'?"),
         ({"prompt": "x", "pattern": "lnog"}, "Did you mean 'long'?"),
         ({"pattern": "long"}, "exactly one of 'prompt' and 'messages'"),
         ({**SHORT, "messages": [{"role": "user", "content": "x"}]}, "exactly one of"),
@@ -93,6 +96,12 @@ def test_a_bad_line_is_named_with_its_field(write, line, problem):
     message = refused(path)
     assert f"{path}:3: " in message
     assert problem in message
+
+
+def test_further_keys_are_kept(write):
+    """Such as those of the data set; one that is near to a key that is there, too."""
+    path = write(LONG, {**SHORT, "prompts": "x", "source": "y", "reply": "z"})
+    assert len(read_calibration(path).queries) == 2
 
 
 def test_every_bad_line_is_listed(write):

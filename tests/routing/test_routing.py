@@ -133,6 +133,16 @@ def test_a_merge_that_cannot_tell_the_patterns_apart_says_so():
     (said,) = warnings(point(routed=False, opening=-2.0), [])
     assert "cannot tell the patterns apart (area under the curve 0.50)" in said
     assert "raise parameters.steps" in said
+    assert "use granularity low_rank or element" in said
+
+
+@pytest.mark.parametrize("granularity", ["low_rank", "element", "row", "layer"])
+def test_a_granularity_that_is_there_already_is_not_advised(granularity):
+    (said,) = warnings(point(routed=False, opening=-2.0), [], granularity)
+    assert "more calibration queries" in said
+    assert ("low_rank" in said) == (granularity in ("row", "layer"))
+    record = point(routed=False, opening=-2.0)
+    assert said in closing_text(record, [], granularity)
 
 
 def test_nothing_is_said_where_no_token_tells_what_is_opened():
