@@ -88,6 +88,13 @@ def questions_of(options: SamplingOptions) -> QuestionSet:
 
 
 async def _sample(request: SampleRequest, say: Say) -> Tally:
+    async with contextlib.AsyncExitStack() as stack:  # closes connections to servers
+        return await _sampled(request, say, stack)
+
+
+async def _sampled(
+    request: SampleRequest, say: Say, stack: contextlib.AsyncExitStack
+) -> Tally:
     settings = SamplingSettings(
         samples=request.samples,
         temperature=request.temperature,
@@ -101,7 +108,8 @@ async def _sample(request: SampleRequest, say: Say) -> Tally:
     questions = questions_of(request)
     _tell(questions.notes, say)
     asked = questions.questions[: request.limit]
-    backend, identity = await _backend(request, settings, asked, _header_of(out), say)
+    known = _header_of(out)
+    backend, identity = await _backend(request, settings, asked, known, say, stack)
     header = {
         "model": request.model,
         **identity,
@@ -149,13 +157,14 @@ async def _backend(
     asked: Sequence[Question],
     known: Mapping[str, Any],
     say: Say,
+    stack: contextlib.AsyncExitStack,
 ) -> tuple[Backend, dict[str, Any]]:
     """Return the backend, and what identifies the model in the file's header.
 
     `known` is the header of the file that the run goes on with, if there is one.
     """
     if request.base_url:
-        return await _server(request, settings, asked, known, say)
+        return await _server(request, settings, asked, known, say, stack)
     return _in_this_process(request, settings, asked, say)
 
 
@@ -165,6 +174,7 @@ async def _server(
     asked: Sequence[Question],
     known: Mapping[str, Any],
     say: Say,
+    stack: contextlib.AsyncExitStack,
 ) -> tuple[Backend, dict[str, Any]]:
     from rpam_mergekit.sampling.server import ServerBackend, ServerOptions
 
@@ -182,6 +192,7 @@ async def _server(
         ),
         request.extra_body,
     )
+    stack.push_async_callback(server.close)
     await server.check()
     names = [request.model, *server.roots]
     messages = asked[0].messages

@@ -125,6 +125,11 @@ class ServerBackend:
         self.markers, self.opening = turns.markers, turns.opening
         self._reader = MessageReader(turns)
 
+    async def close(self) -> None:
+        """Close the connections; left open they are lost with the event loop."""
+        for client in self._clients:
+            await client.close()
+
     async def check(self) -> None:
         """Raise `RpamError` if a server is not there or does not serve the model."""
         for client in self._clients:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import openai
 import pytest
 from transformers import AutoTokenizer
 
@@ -291,6 +292,22 @@ def test_at_nothing_right_a_response_is_shown_beside_its_gold(ask):
     assert len(line) < 140
     found = ask(Engine(texts=["36"]), opened_by_prompt=False)
     assert "none is right" not in "\n".join(found.tally.lines())
+
+
+def test_a_run_closes_its_connections_also_a_refused_one(ask, monkeypatch):
+    """Else a later run's event loop would find them, and fail to close them."""
+    made: list[openai.AsyncOpenAI] = []
+
+    class Remembered(openai.AsyncOpenAI):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr(openai, "AsyncOpenAI", Remembered)
+    ask(Engine(), opened_by_prompt=False)
+    with pytest.raises(RpamError, match="does not serve"):
+        ask(Engine(models=["other"]))
+    assert [client.is_closed() for client in made] == [True, True]
 
 
 # What is refused
