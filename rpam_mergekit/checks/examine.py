@@ -43,7 +43,7 @@ from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.configs import dtype_notes, taken_notes
 from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.models.references import notes
-from rpam_mergekit.models.tokenizers import tokenizer_findings
+from rpam_mergekit.models.tokenizers import row_notes, tokenizer_findings
 from rpam_mergekit.processes import local_device
 from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
 
@@ -137,6 +137,7 @@ def examine(
     found.findings += tokenizer_findings(
         config, found.matched.tokenizers, found.matched.configs
     )
+    found.notes += row_notes(config, found.matched.tokenizers, found.matched.configs)
     if settings is None or models is None:
         return found
     if settings.reasoning and models.patterns[0] != LONG:

@@ -22,7 +22,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rpam_mergekit.errors import RpamError, collect, first_line
-from rpam_mergekit.models.configs import generation_notes, value_of
+from rpam_mergekit.models.configs import generation_notes, spelling_notes, value_of
 from rpam_mergekit.models.headers import (
     Header,
     compare_shapes,
@@ -90,6 +90,8 @@ def match_models(
     _match_shapes(models, found)
     _match_tokenizers(models, options, found, encodes)
     found.notes += generation_notes(models)
+    base = models.base
+    found.notes += spelling_notes(base, found.configs[base])
     return found
 
 

@@ -11,8 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import GenerationConfig, PretrainedConfig
@@ -137,6 +139,38 @@ def _consequence(key: str, value: Any, other: Any, model: ModelReference) -> str
             f"take the other one, make {model} the base_model"
         )
     return ", and all are run with it"
+
+
+def spelling_notes(model: ModelReference, config: PretrainedConfig) -> list[str]:
+    """Return a note if transformers before 5 read another rope of a base's config.
+
+    They do not know `rope_parameters`; the merged model's `config.json` is the base's.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    with suppress(Exception):  # of many kinds: the class has no defaults
+        if rope == getattr(type(text)(), "rope_parameters", None):
+            return []
+    path = Path(model.model.path) / "config.json"
+    if not path.is_file():
+        found = try_to_load_from_cache(
+            model.model.path, path.name, revision=model.model.revision
+        )
+        path = Path(found) if isinstance(found, str) else path
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        content = content.get("text_config", content)
+        spelled = "rope_parameters" in content and "rope_theta" not in content
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+    if not spelled:
+        return []
+    return [
+        f"{model}: its config.json has rope_parameters and no rope_theta: transformers "
+        "before 5, and engines that read rope_theta and rope_scaling, take their "
+        "defaults, of the base as of the merged model, which has the base's file. Add "
+        "rope_theta (and rope_scaling) to it for them"
+    ]
 
 
 def value_of(config: PretrainedConfig, key: str) -> Any:

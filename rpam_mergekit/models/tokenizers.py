@@ -171,6 +171,31 @@ def tokenizer_findings(
     return findings
 
 
+def row_notes(
+    config: MergeConfiguration,
+    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
+    configs: Mapping[ModelReference, PretrainedConfig],
+) -> list[str]:
+    """Return a note if `tokenizer` gives the embeddings other rows than the base's.
+
+    `tokenizers`: the base's first.
+    """
+    named = config.tokenizer is not None or config.tokenizer_source is not None
+    if not named or not tokenizers:
+        return []
+    base, tokenizer = next(iter(tokenizers.items()))
+    rows, kept = configs[base].get_text_config().vocab_size, len(tokenizer.get_vocab())
+    multiple = (config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1
+    kept = -(-kept // multiple) * multiple
+    if kept == rows:
+        return []
+    return [
+        f"tokenizer: embeddings and head get {kept} rows instead of the {rows} of "
+        f"{base}: mergekit keeps those of the tokenizer's {len(tokenizer.get_vocab())} "
+        "tokens. Without tokenizer and tokenizer_source all rows stay"
+    ]
+
+
 def _not_aligned(
     key: str,
     tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],

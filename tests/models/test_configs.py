@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config
 from helpers.checking import edit
 from helpers.commands import merge_here
 from helpers.exporting import quiet
-from helpers.merged import COEFFICIENTS, shard_bytes
+from helpers.merged import COEFFICIENTS, shard_bytes, tensors
 from helpers.models import (
     TINY,
     merge_config,
@@ -27,6 +27,7 @@ from rpam_mergekit.models.configs import (
     changed_values,
     computed_with,
     generation_notes,
+    spelling_notes,
     taken_notes,
 )
 from rpam_mergekit.models.layout import MergeModels
@@ -220,3 +221,36 @@ def test_mixed_dtypes_are_said(own, tokenizer, capsys):
     merge_here(config, own / "out", quiet=False)
     said = capsys.readouterr().err
     assert "the merged model is written in float32, which holds both" in said
+
+
+def test_rope_that_version_4_reads_otherwise_is_said(tmp_path):
+    """Where it is not what the class has anyway."""
+    path = tmp_path / "config.json"
+    model = ModelReference.parse(str(tmp_path))
+
+    def notes() -> list[str]:
+        return spelling_notes(model, AutoConfig.from_pretrained(tmp_path))
+
+    llama().save_pretrained(tmp_path)
+    assert notes() == []
+    llama(rope_parameters=LLAMA3).save_pretrained(tmp_path)
+    (note,) = notes()
+    assert "has rope_parameters and no rope_theta" in note
+    edit(path, rope_theta=10000.0)
+    assert notes() == []
+
+
+def test_rows_that_the_tokenizer_cuts_are_said(tmp_path, tokenizer, capsys):
+    config = qwen2_config(tokenizer, vocab_size=len(tokenizer) + 3)
+    save_pair(tmp_path, config, tokenizer)
+    write_calibration(tmp_path / "calibration.jsonl")
+    parameters = {"granularity": "layer", "epochs": 1}
+    merge = merge_config(tmp_path, parameters=parameters, tokenizer_source="base")
+    out = merge_here(merge, tmp_path / "out", quiet=False)
+    rows = len(tensors(out)["model.embed_tokens.weight"])
+    assert rows < config.vocab_size
+    said = capsys.readouterr().err
+    assert f"head get {rows} rows instead of the {config.vocab_size}" in said
+    own = json.loads((tmp_path / "long" / "config.json").read_text())
+    found = json.loads((out / "config.json").read_text())
+    assert found == {**own, "vocab_size": rows}
