@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from helpers.commands import run, succeeded
+from helpers.commands import merge_here, run, succeeded
 from helpers.models import merge_config
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.evaluate import coefficient_report
@@ -19,12 +19,10 @@ from rpam_mergekit.evaluate.plots import check_picture, new_figure, save
 from rpam_mergekit.formats.coefficients import CoefficientsFile, coefficient
 
 
-@pytest.fixture(params=["low_rank", "element", "layer"])
-def merged(request, pair, tmp_path, mergekit_yaml):
-    succeeded(
-        mergekit_yaml(merge_config(pair, parameters={"granularity": request.param}))
-    )
-    return tmp_path / "out"
+@pytest.fixture(scope="module", params=["low_rank", "element", "layer"])
+def merged(request, pair, tmp_path_factory):
+    config = merge_config(pair, parameters={"granularity": request.param})
+    return merge_here(config, tmp_path_factory.mktemp(request.param) / "out")
 
 
 def test_the_figures_are_those_of_the_file(merged):
