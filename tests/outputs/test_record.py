@@ -105,7 +105,10 @@ def test_the_record_says_what_a_merge_was_made_of_and_by(pair, merged):
                 for name in ("long", "short")
             },
         },
-        "settings": parse_settings(config["parameters"]).cache_key(),
+        "settings": {
+            **parse_settings(config["parameters"]).cache_key(),
+            "compute_dtype": "float32",  # of `auto`, on a CPU
+        },
         "dtype": "float32",
         "out_dtype": None,
         "scale": 1.0,
