@@ -66,6 +66,15 @@ def test_whole_numbers_of_an_unknown_origin(own):
     found(check(own), "its weights are quantised: in an unknown format (model.safet")
 
 
+def test_it_is_refused_beside_weights_of_any_dtype(own):
+    """torch has no dtype that holds both FP8 and bfloat16."""
+    for name, dtype in (("long", torch.bfloat16), ("short", torch.float8_e4m3fn)):
+        path = own / name / "model.safetensors"
+        weights = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    found(check(own, dtype=None), f"{own / 'short'}: its weights are quantised: FP8")
+
+
 def test_both_models_are_named(own):
     for name in ("long", "short"):
         quantise(own / name, "fp8 by block")
