@@ -209,7 +209,9 @@ def _examine_models(
     encodes = "calibration" in (config.parameters or {})
     matched = found.matched = match_models(models, options, encodes)
     found.findings += matched.findings
-    found.notes += matched.notes + dtype_notes(config, matched.headers)
+    found.notes += matched.notes
+    if not matched.findings:  # quantised weights have no dtype that holds both
+        found.notes += dtype_notes(config, matched.headers)
     if models.base in matched.configs:
         base = matched.configs[models.base]
         found.findings += range_findings(inputs.layer_ranges, base)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from rpam_mergekit.errors import RpamError
+from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.samples import SampleReader, flat
 from rpam_mergekit.sampling.request import Location, SamplingOptions, Say, log
 from rpam_mergekit.sampling.sample import questions_of
@@ -122,12 +122,16 @@ def sweep(request: SweepRequest, say: Say = log) -> list[Path]:
     merged, and where a merge or its sampling fails.
     """
     from rpam_mergekit.checks.config_file import read_config  # imports mergekit
+    from rpam_mergekit.models.quantised import quantised_among
 
     out, sampling = Path(request.out), request.sampling
     if sampling.base_url:
         raise RpamError("--base-url: cannot be given to a sweep's sampling.")
     recipe = dict(read_config(request.config).content)
     recipes = {weight: interpolation(recipe, weight) for weight in request.weights}
+    plain = interpolation(recipe, Decimal(0))
+    named = (plain["base_model"], plain["models"][0]["model"])
+    refuse(quantised_among(map(str, named)))
     thinking = thinking_settings(recipe)
     identity = {**_models(recipe), **_sampled_as(sampling)}
     if thinking != parse_settings({}):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
-from rpam_mergekit.models.headers import Header, Tensor
+from rpam_mergekit.models.headers import Header, Tensor, read_header
 
 PAGE = "docs/quantised.md"
 CLAIMS = ("quantization_config", "compression_config", "quantization")
@@ -175,6 +175,22 @@ def plain_name(name: str) -> str | None:
     folder, slash, last = name.rstrip("/").rpartition("/")
     cut = SUFFIX.search(last)
     return f"{folder}{slash}{last[: cut.start()]}" if cut and cut.start() else None
+
+
+def quantised_among(names: Iterable[str]) -> list[str]:
+    """Return a finding for every quantised model of these names.
+
+    What cannot be read is passed over: the merge says what is wrong with it.
+    """
+    findings = []
+    for name in names:
+        try:
+            model = ModelReference.parse(name)
+            config, header = model.config(), read_header(model)
+        except Exception:  # of mergekit, transformers or huggingface_hub
+            continue
+        findings.append(quantised_finding(model, config, header))
+    return [finding for finding in findings if finding is not None]
 
 
 def without_claim(config: PretrainedConfig) -> PretrainedConfig:

@@ -15,6 +15,8 @@ from mergekit.common import ModelReference
 from safetensors.torch import load_file, save_file
 
 from helpers.checking import found, noted
+from helpers.commands import run
+from helpers.hub_server import Hub, add_repository, serving
 from helpers.merged import COEFFICIENTS, assert_merged_by_formula
 from helpers.models import merge_config, save_adapter
 from helpers.paths import ROOT
@@ -62,6 +64,15 @@ def test_names_and_dtypes_tell_without_the_config(own, kind):
 def test_whole_numbers_of_an_unknown_origin(own):
     quantise(own / "short", "a method that is not known", claims=False)
     found(check(own), "its weights are quantised: in an unknown format (model.safet")
+
+
+def test_it_is_refused_beside_weights_of_any_dtype(own):
+    """torch has no dtype that holds both FP8 and bfloat16."""
+    for name, dtype in (("long", torch.bfloat16), ("short", torch.float8_e4m3fn)):
+        path = own / name / "model.safetensors"
+        weights = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    found(check(own, dtype=None), f"{own / 'short'}: its weights are quantised: FP8")
 
 
 def test_both_models_are_named(own):
@@ -119,6 +130,41 @@ def test_a_merge_is_refused_before_anything_is_written(own, mergekit_yaml, tmp_p
     assert f"rpam: {own / 'long'}: its weights are quantised: FP8" in process.stderr
     assert "Traceback" not in process.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_pickles_of_the_hub_are_looked_at_once_they_are_there(own, tmp_path):
+    """Their headers cannot be read from afar; the pre-pass must not begin."""
+    quantise(own / "short", "bitsandbytes 8", claims=False)
+    path = own / "short" / "model.safetensors"
+    torch.save(load_file(path), own / "short" / "pytorch_model.bin")
+    path.unlink()
+    add_repository(tmp_path / "hub", "models", "org/short", own / "short")
+    path = tmp_path / "rpam.yml"
+    models = [{"model": "org/short"}]
+    path.write_text(yaml.safe_dump(merge_config(own, models=models)))
+    with serving(Hub(tmp_path / "hub")) as address:
+        process = run(
+            ["mergekit-yaml", str(path), str(tmp_path / "out")],
+            HF_ENDPOINT=address,
+            HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path / "home"),
+        )
+    assert process.returncode == 1
+    assert "org/short: its weights are quantised: bitsandbytes (pyt" in process.stderr
+    assert "activations of" not in process.stderr
+
+
+def test_a_sweep_is_refused_too(own, tmp_path):
+    quantise(own / "short", "gptq")
+    check(own)  # writes the config
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1+1=", "answer": "2"}\n')
+    out = str(tmp_path / "sweep")
+    arguments = [str(own / "rpam.yml"), "--dataset", str(data), "--out", out]
+    result = CliRunner().invoke(main, ["sweep", *arguments])
+    assert result.exit_code == 1
+    assert "short: its weights are quantised: GPTQ" in result.output
+    assert not Path(out).exists()
 
 
 # GGUF
