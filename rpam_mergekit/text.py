@@ -1,8 +1,14 @@
-"""Tables of text cells: as aligned plain text, and as Markdown."""
+"""Texts: lists of names, and tables as aligned plain text and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first `most` names in a row, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

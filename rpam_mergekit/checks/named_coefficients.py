@@ -16,6 +16,7 @@ from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.references import public_name
 from rpam_mergekit.settings import BEFORE_THINKING, UNSAID
+from rpam_mergekit.text import listed
 
 KEY = "parameters.coefficients"
 
@@ -106,8 +107,7 @@ def _lacking(
     lacking = sorted(set(layout.entries(request.models)) - set(file.names))
     if not lacking:
         return []
-    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
     return [
-        f"{KEY}: {file.path} has no coefficients for {lacking[0]}{more}: it was made "
+        f"{KEY}: {file.path} has no coefficients for {listed(lacking, 1)}: it was made "
         "for other models. Name another file, or parameters.calibration to make one."
     ]

@@ -31,6 +31,7 @@ from rpam_mergekit.folder.contents import (
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.models.adapters import merged_folder
 from rpam_mergekit.models.headers import cached_folder
+from rpam_mergekit.text import listed
 
 # Stands in a folder from when the earlier merge is taken away until the record.
 MARKER = ".rpam.unfinished"
@@ -50,7 +51,6 @@ ABOUT = (CARD, CONFIG, RECORD, STOCK_RECIPE)
 # Loaded, or taken for weights, wherever they come from.
 LOADED = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
 MODELS = (*LOADED, "*.gguf", "*.pt", "*.pth", "*.ckpt")
-NAMED = 5
 
 
 def refuse_folder(
@@ -112,14 +112,13 @@ def _of_others(out: Path) -> Iterator[str]:
     several = sorted(name for name in foreign if not _holds_coefficients(out / name))
     if not several:
         return
-    more = f" and {len(several) - NAMED} more" if len(several) > NAMED else ""
     what = (
         "which the merged model would be loaded with, and which no merge made"
         if ours
         else f"but no {RECORD} of a merge by rpam: they may be somebody else's model"
     )
     yield (
-        f"OUT: {out} holds {', '.join(several[:NAMED])}{more}, {what}. Name another "
+        f"OUT: {out} holds {listed(several)}, {what}. Name another "
         "folder, or move them away."
     )
 

@@ -18,6 +18,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from rpam_mergekit.errors import RpamError, first_line, suggestion
+from rpam_mergekit.text import listed
 
 SCHEME = "hf://"
 FORM = f"{SCHEME}[datasets/]owner/name[@revision]/path"
@@ -202,4 +203,4 @@ def _near(wanted: str, names: list[str]) -> str:
     hint = suggestion(wanted, names) if names else ""
     if "Did you mean" in hint or len(names) <= NAMED:
         return hint
-    return f" Known: {', '.join(sorted(names)[:NAMED])} and {len(names) - NAMED} more."
+    return f" Known: {listed(sorted(names), NAMED)}."

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.models.quantised import without_claim
+from rpam_mergekit.text import listed
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -25,7 +26,6 @@ WEIGHT_FILES = (
     "*.safetensors.index.json",
     "*.bin.index.json",
 )
-NAMED = 5
 
 
 def check_complete(
@@ -47,10 +47,9 @@ def check_complete(
         for path in folder.glob(pattern):
             path.unlink()
     model_type = base.config(trust_remote_code=trust_remote_code).model_type
-    more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
     raise RpamError(
         f"{folder}: the merged model would lack {len(lacking)} tensors that its code "
-        f"needs and {base} has: {', '.join(sorted(lacking)[:NAMED])}{more}. mergekit's "
+        f"needs and {base} has: {listed(sorted(lacking))}. mergekit's "
         f"definition of the architecture '{model_type}' leaves them out. "
         "The weight files were deleted; the coefficients are kept. Such models cannot "
         "be merged by this version of mergekit."

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.coefficients import entry_name
+from rpam_mergekit.text import listed
 
 SHAPE_FINDINGS = 5
 
@@ -109,11 +110,10 @@ def plan_layout(
     embeddings = present(weights.pre_weights())
     outside = (*embeddings, *present(weights.post_weights()))
     if nowhere:
-        more = f" and {len(nowhere) - 1} more" if len(nowhere) > 1 else ""
         raise RpamError(
-            f"no model has the tensor {nowhere[0]}{more}, which mergekit's definition "
-            f"of '{config.model_type}' requires. Such models cannot be merged by this "
-            "version of mergekit."
+            f"no model has the tensor {listed(nowhere, 1)}, which mergekit's "
+            f"definition of '{config.model_type}' requires. Such models cannot be "
+            "merged by this version of mergekit."
         )
     refuse(findings[:SHAPE_FINDINGS])
     return Layout(layers, outside, embeddings)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rpam_mergekit.errors import RpamError, first_line
+from rpam_mergekit.text import listed
 
 # Of the ids that both have: where more ordinary ones differ, the models do not fit.
 MOST_DIFFERING = 0.01
@@ -93,11 +94,9 @@ class Differences:
         """Return the first of `ids` with the tokens that both have there."""
         one, two = self.tokens
         shown = [
-            f"{i} ({' / '.join(repr(t[i]) for t in (one, two) if i in t)})"
-            for i in ids[:NAMED]
+            f"{i} ({' / '.join(repr(t[i]) for t in (one, two) if i in t)})" for i in ids
         ]
-        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-        return f"{', '.join(shown)}{more}"
+        return listed(shown, NAMED)
 
 
 def compare_tokenizers(

@@ -19,6 +19,7 @@ from rpam_mergekit.errors import RpamError, first_line, refuse
 from rpam_mergekit.folder.contents import RECORD
 from rpam_mergekit.formats.hub_path import LOG_IN
 from rpam_mergekit.outputs.publish import Plan, Request
+from rpam_mergekit.text import listed
 
 WEIGHTS = ("model", "pytorch_model")
 NAMED = 8
@@ -105,14 +106,14 @@ def _look_at_files(request: Request, plan: Plan, target: Target) -> None:
     replaced = [file for file in there if file in plan.files]
     stay = [file for file in there if file not in plan.files]
     if replaced:
-        target.notes.append(f"replaced there: {_listed(replaced)}")
+        target.notes.append(f"replaced there: {listed(replaced, NAMED)}")
     if stay:
-        target.notes.append(f"stay there as they are: {_listed(stay)}")
+        target.notes.append(f"stay there as they are: {listed(stay, NAMED)}")
     stale = [file for file in stay if _is_weights(file)]
     if stale and any(_is_weights(file) for file in plan.files):
         target.objections.append(
             f"REPO: {name} has weights that this model has not and that may be loaded "
-            f"in their place: {_listed(stale)}. Delete them on its page, or name "
+            f"in their place: {listed(stale, NAMED)}. Delete them on its page, or name "
             "another repository or --revision."
         )
 
@@ -133,11 +134,6 @@ def _what_it_holds(request: Request, plan: Plan, there: list[str], commit: str) 
 def _is_weights(path: str) -> bool:
     named = path.startswith(WEIGHTS) and "/" not in path
     return named and path.endswith((".safetensors", ".bin", ".index.json"))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def upload(request: Request, plan: Plan, private: bool, message: str) -> str:

@@ -69,7 +69,7 @@ def run(
 def start(command: list[str]) -> Forked | subprocess.Popen[str]:
     """Start one of the environment's commands in a session of its own."""
     if _forkable(command, {}):
-        return Forked(command, None, {})
+        return Forked(command, None, {}, session=True)
     return subprocess.Popen(
         [str(SCRIPTS / command[0]), *command[1:]],
         stdout=subprocess.PIPE,
@@ -126,14 +126,19 @@ class Forked:
     """A command of mergekit or ours in a forked process, with what `Popen` has."""
 
     def __init__(
-        self, command: list[str], cwd: Path | None, environment: dict[str, str]
+        self,
+        command: list[str],
+        cwd: Path | None,
+        environment: dict[str, str],
+        session: bool = False,
     ) -> None:
         _preload()
         self._folder = TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         (script,) = _scripts(command)
         self._process = multiprocessing.get_context("fork").Process(
-            target=_be, args=(script, command, cwd, self._files, environment)
+            target=_be,
+            args=(script, command, cwd, self._files, environment, session),
         )
         self._process.start()
         self.pid = self._process.pid
@@ -165,9 +170,11 @@ def _be(
     cwd: Path | None,
     files: list[Path],
     environment: dict[str, str],
+    session: bool,
 ) -> None:
     """Be a console script in a forked process, with none of pytest's state."""
-    os.setsid()
+    if session:
+        os.setsid()
     # PyTorch makes its threads anew after a fork; two threads at once must not try.
     torch.set_num_threads(1)
     for number, file in enumerate(files, 1):

@@ -648,7 +648,8 @@ def test_a_template_is_that_of_the_output_and_of_the_queries(models, here, templ
         read_calibration("calibration.jsonl"), tokenizer, len(tokenizer), RpamSettings()
     )
     made_from = CoefficientsFile(here / "out" / COEFFICIENTS).metadata["fingerprint"]
-    encoded = json.dumps([dataclasses.astuple(query) for query in queries])
+    # But for the last field, which is there where a response is cut.
+    encoded = json.dumps([dataclasses.astuple(query)[:-1] for query in queries])
     assert made_from["queries"] == hashlib.sha256(encoded.encode()).hexdigest()
 
 
