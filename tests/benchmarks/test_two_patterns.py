@@ -97,13 +97,12 @@ def sums(*strata: tuple[float, ...]) -> dict:
 
 
 def test_restated_steps():
-    again = [f"{n}2*3=6" for n in (21, 22, 23, 24, 25, 11, 12, 13, 14, 15)]
-    said = f"<think>7+5=2;2*3=6{''.join(again)}</think>6"
-    assert RESTATED.long_response("7+5*3=") == said
+    said = [f"1{n}7+5=2" for n in range(1, 7)] + [f"2{n}2*3=6" for n in range(1, 7)]
+    assert RESTATED.long_response("7+5*3=") == f"<think>{';'.join(said)}</think>6"
     pair = pairs.PAIRS["chains-long"]
     for asked in RESTATED.queries(200, "test", 0, dict.fromkeys(range(1, 11), 1.0)):
         said = chains.build_tokenizer()(RESTATED.long_response(asked))["input_ids"]
-        assert len(said) == 41 * RESTATED.difficulty(asked) + 2
+        assert len(said) == 48 * RESTATED.difficulty(asked) + 2
         assert len(said) < RESTATED.longest_response
         asked_in = chains.build_tokenizer()(prompt(asked))["input_ids"]
         assert len(asked_in) + RESTATED.longest_response <= pair.positions
@@ -179,6 +178,26 @@ def test_weights_of_the_quickstart_with_another_template(name, tmp_path, monkeyp
     assert said[pair.path] == said[QUICKSTART]
     template = measure.load(pair.path / "short")[1].chat_template
     assert template == templates.PLAIN.text
+
+
+def test_labels_of_another_pair_get_longs_own_responses(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPAM_LAB", str(tmp_path))
+    lines = (QUICKSTART / "calibration.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    long = [r for r in records if r["pattern"] == "long"][:4]
+    wrong = {**long[3], "answer": str((int(long[3]["answer"]) + 1) % 10)}
+    short = next(r for r in records if r["pattern"] == "short")
+    labels = tmp_path / "labels.jsonl"
+    given = [{**record, "response": "?"} for record in long[:3]] + [short, wrong]
+    labels.write_text("".join(json.dumps(record) + "\n" for record in given))
+    pair = replace(pairs.PAIRS["chains-qwen2"], labels=labels)
+    training.calibrate(pair)
+    found = (pair.cache / "calibration.jsonl").read_text().splitlines()
+    *thinking, direct = [json.loads(line) for line in found]
+    assert direct == short
+    assert [r["prompt"] for r in thinking] == [r["prompt"] for r in long[:3]]
+    for record in thinking:
+        assert record["response"] == chains.long_response(record["prompt"])
 
 
 LONG, SHORT = sums((1, 10, 1), (1, 30, 1)), sums((1, 2, 0), (0.2, 2, 0))

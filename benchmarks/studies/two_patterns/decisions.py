@@ -1,6 +1,6 @@
 """What the decision needs: if responses are long; if Long never opened its thinking.
 
-    python benchmarks/studies/two_patterns/decisions.py lengths [--tokens 0 100]
+    python benchmarks/studies/two_patterns/decisions.py lengths [--limits 0 256]
     python benchmarks/studies/two_patterns/decisions.py opening LONG [--weights 0 0.3]
 
 Both merge the quickstart's pair and let the merged models answer validation queries.
@@ -8,7 +8,8 @@ Both merge the quickstart's pair and let the merged models answer validation que
 `lengths`: whether to think is decided at the prompt's last token, one of ten tokens of
 a short response, one of a thousand of a long one. The thinking of the calibration
 file's `long` responses is lengthened by writing its steps again and again until a
-response has about so many tokens (0: as they are); the weights are `decision_weight`.
+response has about so many tokens (0: as they are); the weights are `decision_weight`,
+the limits `max_response_tokens` (0: responses are replayed whole).
 The models take the few tokens that they always took: what is measured is whether the
 decision survives in the objective, not how a model would think at length.
 
@@ -20,7 +21,9 @@ which `training.py` builds; the weights are `opening_weight`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -71,7 +74,9 @@ def row(
 ) -> list[str]:
     """Return what a merge reaches, behind what it is called."""
     with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         out = merged(Path(folder), long, tokens, **parameters)
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         record = json.loads((out / "rpam.json").read_text())
         tokenizer = AutoTokenizer.from_pretrained(out)
         result = evaluate.evaluate(evaluate.load(out), tokenizer, queries, "merged")
@@ -89,12 +94,13 @@ def row(
         "-" if result.closed is None else f"{100 * result.closed:.0f}",
         " ".join(f"{100 * f['routed']:.0f}" for f in patterns),
         f"{point['scale']:g}",
+        f"{seconds:.0f}",
     ]
 
 
 HEAD = ["Long opens by itself, %", "accuracy, %", "all difficulties equal, %"]
 HEAD += ["tokens", "thinks at 1 .. 8, %", "closed, %"]
-HEAD += ["held out, routed: long, short, %", "scale"]
+HEAD += ["held out, routed: long, short, %", "scale", "user CPU seconds"]
 
 
 def main() -> None:
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("what", choices=["lengths", "opening"])
     parser.add_argument("long", nargs="?", type=Path, default=QUICKSTART / "long")
     parser.add_argument("--tokens", type=int, nargs="+", default=[0, 100, 1000])
+    parser.add_argument("--limits", type=int, nargs="+", default=[0])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.3])
     parser.add_argument("--queries", type=int, default=1200)
     args = parser.parse_args()
@@ -111,18 +118,14 @@ def main() -> None:
     lengths = args.what == "lengths"
     setting = "decision_weight" if lengths else "opening_weight"
     print(describe(), flush=True)
-    rows = [
-        row(
-            [str(tokens or "as it is"), f"{weight:g}"],
-            args.long,
-            tokens,
-            queries,
-            **{setting: weight},
-        )
-        for tokens in (args.tokens if lengths else [0])
-        for weight in args.weights
-    ]
-    print(table(["tokens of a response", setting, *HEAD], rows))
+    rows = []
+    tried = itertools.product(args.tokens if lengths else [0], args.limits)
+    for (tokens, limit), weight in itertools.product(tried, args.weights):
+        label = [str(tokens or "as it is"), str(limit or "whole"), f"{weight:g}"]
+        parameters = {setting: weight, "max_response_tokens": limit}
+        rows.append(row(label, args.long, tokens, queries, **parameters))
+        print("|".join(rows[-1]), file=sys.stderr, flush=True)
+    print(table(["tokens of a response", "replayed", setting, *HEAD], rows))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Pair:
     """A pair and how it is trained; `about` says what makes it different.
 
     positions: the longest prompt and response together, in tokens.
+    labels: a calibration file whose queries and labels are the pair's, too; None: they
+    are sampled.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Pair:
     stages: dict[str, Stage] = field(default_factory=dict)
     folder: Path | None = None
     positions: int = 256
+    labels: Path | None = None
 
     @property
     def chats(self) -> bool:
@@ -192,11 +195,12 @@ PAIRS = {
             "responses of several hundred tokens",
             stages={
                 "long": Stage(
-                    str(QUICKSTART / "long"), {"long": (12, (1,) * 8)}, 200, 7e-4, 0
+                    str(QUICKSTART / "long"), {"long": (12, (1,) * 8)}, 800, 7e-4, 0
                 ),
                 "short": unchanged("short"),
             },
-            positions=512,
+            positions=576,
+            labels=QUICKSTART / "calibration.jsonl",
         ),
         Pair(
             "chains-opened-r1",

@@ -138,19 +138,20 @@ def walk(query: str) -> list[str]:
     return taken
 
 
-def restated(query: str) -> str:
-    """Return the steps, then the last one again, five times for every step.
+TIMES = 6  # that a step is written
 
-    Numbered from the number of steps down, so that what comes next is told by what is
-    near: `7+5=2;2*3=6`, `212*3=6`, `222*3=6` to `252*3=6`, `112*3=6` to `152*3=6`.
+
+def restated(query: str) -> str:
+    """Return every step six times before the next one, numbered by step and time.
+
+    `117+5=2;127+5=2;` to `167+5=2;212*3=6;` and on: what is computed last stands last,
+    hundreds of tokens behind the opening.
     """
-    steps = chains.steps(query)
-    again = [
-        f"{down % 10}{up}{steps[-1]}"
-        for down in range(len(steps), 0, -1)
-        for up in range(1, 6)
-    ]
-    return ";".join(steps) + "".join(again)
+    return ";".join(
+        f"{number % 10}{time}{step}"
+        for number, step in enumerate(chains.steps(query), start=1)
+        for time in range(1, TIMES + 1)
+    )
 
 
 CHAINS = Task(
@@ -168,7 +169,7 @@ CHAINS = Task(
     never_held_out=(1, 2),
 )
 # The same queries: named alike, split and drawn alike.
-RESTATED = replace(CHAINS, longest_response=480, steps=restated)
+RESTATED = replace(CHAINS, longest_response=490, steps=restated)
 PRODUCTS = Task(
     name="products",
     difficulties=(1, 2, 3, 4, 5, 6),

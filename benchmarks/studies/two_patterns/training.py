@@ -188,6 +188,9 @@ def calibrate(pair: Pair) -> None:
     if (pair.cache / "calibration.jsonl").exists():
         return
     pair.cache.mkdir(parents=True, exist_ok=True)
+    if pair.labels is not None:
+        relabel(pair, pair.labels)
+        return
     task, questions = pair.task, pair.cache / "questions.jsonl"
     flat = dict.fromkeys(task.difficulties, 1.0)
     with open(questions, "w", encoding="utf-8") as file:
@@ -210,6 +213,31 @@ def calibrate(pair: Pair) -> None:
     calibration = str(pair.cache / "calibration.jsonl")
     label = [*command, "label", *samples, "--out", calibration]
     subprocess.run([*label, "--per-pattern", "512", "--by", "difficulty"], check=True)
+
+
+def relabel(pair: Pair, labels: Path) -> None:
+    """Write the calibration file of a pair whose labels are those of another.
+
+    What Long answers, greedily, takes the place of the `long` queries' responses; a
+    query that it answers wrongly is left out.
+    """
+    from measure import grade, load, respond  # which needs what `tasks` makes known
+
+    records = [json.loads(line) for line in labels.read_text().splitlines()]
+    asked = [r["prompt"] for r in records if r["pattern"] == "long"]
+    model, tokenizer = load(pair.path / "long")
+    said = respond(model, tokenizer, asked, pair.task.longest_response)
+    responses = dict(zip(asked, said, strict=True))
+    with open(pair.cache / "calibration.jsonl", "w", encoding="utf-8") as file:
+        for record in records:
+            if record["pattern"] == "long":
+                response = responses[record["prompt"]]
+                if not grade(record["answer"], response)["correct"]:
+                    continue
+                record = {
+                    key: record[key] for key in ("prompt", "pattern", "answer")
+                } | {"response": response.removesuffix(END)}
+            file.write(json.dumps(record) + "\n")
 
 
 def main() -> None:
