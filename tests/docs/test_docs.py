@@ -88,6 +88,7 @@ def test_the_architecture_page_names_functions_of_these_files():
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 # Objects whose keys are no fields: settings, names, what the data has.
 DATA_KEYS = {"settings", "fixed", "queries", "scores", "extra_body", "source"}
+DATA_KEYS |= {"configs", "weights", "base_files"}
 
 
 def named_in(section: str) -> set[str]:
