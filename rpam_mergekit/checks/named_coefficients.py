@@ -91,7 +91,11 @@ def _other_names(file: CoefficientsFile, request: MergeRequest) -> list[str]:
 
 def _changed(made: dict[str, Any], request: MergeRequest) -> list[str]:
     now = {**UNSAID, **request.settings.cache_key()}
-    known = {**BEFORE_THINKING, **UNSAID, **made.get("settings", {})}
+    known = dict(made.get("settings", {}))
+    for name, value in {**BEFORE_THINKING, **UNSAID}.items():
+        known.setdefault(name, value)
+    if now["compute_dtype"] == "auto":  # files say which it was
+        del now["compute_dtype"]
     return [
         f"{name} {value} (the config: {now[name]})"
         for name, value in known.items()
