@@ -13,7 +13,7 @@ from mergekit.common import ModelReference
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.checking import edit, found, noted, sound
+from helpers.checking import edit, found, noted
 from helpers.models import merge_config, qwen2_config, save_pair, write_calibration
 from rpam_mergekit.models.completeness import check_complete
 from rpam_mergekit.models.tokenizers import Differences
@@ -179,7 +179,8 @@ def test_a_tokenizer_that_all_models_have_only_cuts_padding(
 
 
 def test_the_base_by_name_is_a_source(check, own):
-    sound(check(merge_config(own, tokenizer_source=str(own / "long"))))
+    result = check(merge_config(own, tokenizer_source=str(own / "long")))
+    noted(result, "tokenizer: embeddings and head get 22 rows instead of the 32 of")
 
 
 def test_a_tokenizer_is_refused_where_tokens_differ(check, own):

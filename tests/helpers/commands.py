@@ -81,8 +81,14 @@ def start(command: list[str]) -> Forked | subprocess.Popen[str]:
 
 
 def _forkable(command: list[str], environment: dict[str, str]) -> bool:
+    """Tell whether a command may run in a fork of this process.
+
+    Not those that ask a server: what libraries hold of the Hub would be this process's.
+    """
     of_hub = all(name.startswith("HF_") for name in environment)
-    return of_hub and bool(_scripts(command)) and not torch.cuda.is_available()
+    asks = "HF_ENDPOINT" in environment
+    known = bool(_scripts(command))
+    return known and of_hub and not asks and not torch.cuda.is_available()
 
 
 def _scripts(command: list[str]) -> EntryPoints:

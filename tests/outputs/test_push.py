@@ -245,7 +245,8 @@ def test_weights_that_the_merge_did_not_write_are_refused(pair, tmp_path):
     shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     message = refused(out, "me/merge")
     assert "the SHA-256 of model.safetensors is not in rpam.json" in message
-    make_plan(replace(request, weights=False), scratch)
+    hub = {str(pair / name): f"org/{name}" for name in ("long", "short")}
+    make_plan(replace(request, weights=False, named=hub), scratch)
     record = json.loads((out / "rpam.json").read_text())
     del record["weights"]
     (out / "rpam.json").write_text(json.dumps(record))
