@@ -24,12 +24,12 @@ from rpam_mergekit.checks.config_file import (
 )
 from rpam_mergekit.checks.examine import Examination
 from rpam_mergekit.checks.examine_document import examine_document
-from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.merging.export import export_recipe
 from rpam_mergekit.merging.fit import fit_document
 from rpam_mergekit.merging.hooks import activate
 from rpam_mergekit.models.patches import fresh_loaders, hub_cache
+from rpam_mergekit.settings import NAME
 
 OTHER_METHODS = {
     "fit": f"'fit' runs the pre-pass of '{NAME}'; other methods have none.",

@@ -22,9 +22,9 @@ from helpers.merged import shard_bytes, tensors
 from helpers.models import merge_config
 from rpam_mergekit.chat.prompts import encode_calibration, make_batches
 from rpam_mergekit.formats.coefficients import CoefficientsFile
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.prepass.state_dicts import StateDictExperts, merge_state_dicts
-from rpam_mergekit.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")

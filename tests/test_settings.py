@@ -6,7 +6,8 @@ import pytest
 
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.grading.responses import Markers
-from rpam_mergekit.settings import PRESETS, RpamSettings, parse_settings
+from rpam_mergekit.parameters import parse_settings
+from rpam_mergekit.settings import PRESETS, RpamSettings
 
 
 def refused(parameters: dict) -> tuple[str, ...]:

@@ -44,8 +44,9 @@ from rpam_mergekit.models.configs import dtype_notes, taken_notes
 from rpam_mergekit.models.layout import MergeModels
 from rpam_mergekit.models.references import notes
 from rpam_mergekit.models.tokenizers import row_notes, tokenizer_findings
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.processes import local_device
-from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings
 
 
 @dataclass

@@ -21,13 +21,14 @@ from rpam_mergekit.checks.examine import (
 )
 from rpam_mergekit.checks.inputs import not_passed_on, with_one_spelling
 from rpam_mergekit.checks.named_coefficients import earlier_file
-from rpam_mergekit.checks.request import NAME, MergeRequest
+from rpam_mergekit.checks.request import MergeRequest
 from rpam_mergekit.errors import RpamError, suggestion
 from rpam_mergekit.formats.calibration import CalibrationSet
 from rpam_mergekit.models.adapters import adapter_notes
 from rpam_mergekit.models.configs import taken_notes
 from rpam_mergekit.models.layout import Layout
 from rpam_mergekit.models.patches import set_chat_template
+from rpam_mergekit.settings import NAME
 
 
 def examine_document(

@@ -12,9 +12,8 @@ from mergekit.config import MergeConfiguration, ParameterSetting
 from rpam_mergekit.checks.templates import TemplateInUse
 from rpam_mergekit.formats.calibration import CalibrationSet
 from rpam_mergekit.models.layout import Layout, MergeModels
-from rpam_mergekit.settings import MODEL_PARAMETERS, RpamSettings
+from rpam_mergekit.settings import MODEL_PARAMETERS, NAME, RpamSettings
 
-NAME = "rpam"
 SOURCE = re.compile(r"(models|sources)\[\d+\]$")
 
 

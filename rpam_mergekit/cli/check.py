@@ -61,7 +61,7 @@ def check_command(
 def _examine_all(config_file: str, options: MergeOptions) -> list[Examination]:
     from rpam_mergekit.checks.config_file import read_documents
     from rpam_mergekit.checks.examine_document import examine_document
-    from rpam_mergekit.checks.request import NAME
+    from rpam_mergekit.settings import NAME
 
     documents = read_documents(config_file)
     names = [document.name for document in documents]

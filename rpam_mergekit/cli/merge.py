@@ -48,7 +48,7 @@ def _read_ours(config: str) -> None:
     Of other methods, mergekit says itself what is wrong.
     """
     from rpam_mergekit.checks.config_file import read_config, read_documents
-    from rpam_mergekit.checks.request import NAME
+    from rpam_mergekit.settings import NAME
 
     document = read_documents(config)[0]
     if document.content.get("merge_method", NAME) == NAME:

@@ -24,9 +24,10 @@ import yaml
 
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.formats.samples import SampleReader, flat
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.sampling.request import Location, SamplingOptions, Say, log
 from rpam_mergekit.sampling.sample import questions_of
-from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings, parse_settings
+from rpam_mergekit.settings import BEFORE_THINKING, RpamSettings
 
 MOST_WEIGHTS = 1001
 # Options of sampling that change the responses, besides the data set.

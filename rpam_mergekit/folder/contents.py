@@ -24,7 +24,6 @@ IN_OUTPUT = Path("rpam") / "coefficients.safetensors"
 COEFFICIENTS = IN_OUTPUT.as_posix()
 CARD, RECIPE, CONFIG = "README.md", "rpam.yml", "mergekit_config.yml"
 STOCK_RECIPE = "rpam_recipe.yml"
-METHOD = "rpam"
 
 
 def read_record(out: str | Path) -> dict[str, Any]:

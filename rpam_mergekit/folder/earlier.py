@@ -23,7 +23,6 @@ from rpam_mergekit.folder.contents import (
     CARD,
     CONFIG,
     IN_OUTPUT,
-    METHOD,
     RECORD,
     STOCK_RECIPE,
     read_record,
@@ -31,6 +30,7 @@ from rpam_mergekit.folder.contents import (
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.models.adapters import merged_folder
 from rpam_mergekit.models.headers import cached_folder
+from rpam_mergekit.settings import NAME
 from rpam_mergekit.text import listed
 
 # Stands in a folder from when the earlier merge is taken away until the record.
@@ -138,10 +138,10 @@ def is_ours(out: Path) -> bool:
     if (out / MARKER).exists():
         return True
     with suppress(RpamError):
-        return bool(read_record(out).get("method") == METHOD)
+        return bool(read_record(out).get("method") == NAME)
     with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
         text = (out / CONFIG).read_text("utf-8")
-        return bool(yaml.safe_load(text).get("merge_method") == METHOD)
+        return bool(yaml.safe_load(text).get("merge_method") == NAME)
     return (out / IN_OUTPUT).exists()
 
 
@@ -154,7 +154,7 @@ def clear(out: Path, keep_coefficients: bool) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(
-        json.dumps({"method": METHOD, "unfinished": True}) + "\n", encoding="utf-8"
+        json.dumps({"method": NAME, "unfinished": True}) + "\n", encoding="utf-8"
     )
     (out / RECORD).unlink(missing_ok=True)
     patterns = (*WEIGHTS, *MODEL, *TOKENIZER, *ABOUT, *PARTIAL, *REPORT)

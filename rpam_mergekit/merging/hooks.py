@@ -23,7 +23,6 @@ from transformers import PretrainedConfig
 from rpam_mergekit.chat.template_files import take_out
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import read_inputs
-from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import refuse
 from rpam_mergekit.folder.base_files import base_folder, copy_base_files
 from rpam_mergekit.folder.contents import IN_OUTPUT, STOCK_RECIPE
@@ -44,6 +43,7 @@ from rpam_mergekit.models.patches import (
 from rpam_mergekit.models.quantised import drop_claim
 from rpam_mergekit.outputs import record
 from rpam_mergekit.refusal import shown_by_click
+from rpam_mergekit.settings import NAME
 
 
 def _run_merge(

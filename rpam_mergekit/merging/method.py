@@ -24,10 +24,11 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from rpam_mergekit.checks.request import NAME, weight_parameter
+from rpam_mergekit.checks.request import weight_parameter
 from rpam_mergekit.errors import RpamError
 from rpam_mergekit.formats.coefficients import entry_name, open_coefficients, written
 from rpam_mergekit.refusal import Refusal, shown_by_click
+from rpam_mergekit.settings import NAME
 
 NO_PLANNER = (
     "this command has no planner, so that the pre-pass cannot run. Use mergekit-yaml, "

@@ -27,11 +27,11 @@ from rpam_mergekit.checks.inputs import (
     with_one_spelling,
     with_references,
 )
-from rpam_mergekit.checks.request import NAME
 from rpam_mergekit.errors import RpamError, refuse
 from rpam_mergekit.folder.contents import RECORD
 from rpam_mergekit.merging.stale import NEXT, check_up_to_date, forget_other_models
 from rpam_mergekit.models.patches import folders_are_local, hub_cache
+from rpam_mergekit.settings import NAME
 
 
 def load_config(original: Any, config_source: str, intermediate_dir: str) -> Any:

@@ -28,8 +28,9 @@ from rpam_mergekit.formats.hub_path import local_path
 from rpam_mergekit.models.adapters import merged_folder, merged_from
 from rpam_mergekit.models.headers import unreadable
 from rpam_mergekit.outputs.record import output_settings
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.replay.precision import AUTO
-from rpam_mergekit.settings import RpamSettings, parse_settings
+from rpam_mergekit.settings import RpamSettings
 
 NEXT = "Delete the folder, or give --no-lazy, to merge it anew."
 # Of `output_settings`, as a config calls them.

@@ -25,7 +25,6 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.folder.base_files import base_folder, file_digests
 from rpam_mergekit.folder.contents import (
     IN_OUTPUT,
-    METHOD,
     RECORD,
     STOCK_RECIPE,
     weight_digests,
@@ -42,6 +41,7 @@ from rpam_mergekit.outputs.stock_recipe import (
     recipe_text,
     write_recipe,
 )
+from rpam_mergekit.settings import NAME
 
 FORMAT = 1
 
@@ -109,7 +109,7 @@ def record_of(
     made_from, models = file.metadata["fingerprint"], request.models
     return {
         "format": FORMAT,
-        "method": METHOD,
+        "method": NAME,
         "algorithm": made_from["algorithm"],
         "paper": PAPER,
         "versions": {

@@ -219,3 +219,13 @@ def test_anchors_are_those_of_github(tmp_path):
     expected = {"a-merge-in-seven-steps", "where-is-", "notes", "notes-1"}
     assert anchors(page) == expected
     assert links(page) == [("x.md", ""), ("", "notes"), ("y.md", "z")]
+
+
+def test_no_module_of_the_package_is_too_long():
+    """CONTRIBUTING says how long: a longer one holds two ideas."""
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "rpam_mergekit").rglob("*.py")
+    }
+    assert len(lengths) > 100
+    assert {path: n for path, n in lengths.items() if n > 400} == {}

@@ -35,7 +35,7 @@ from rpam_mergekit.checks.config_file import check_keys
 from rpam_mergekit.checks.examine import examine_merge
 from rpam_mergekit.checks.inputs import merge_models, read_inputs
 from rpam_mergekit.cli.main import main
-from rpam_mergekit.settings import parse_settings
+from rpam_mergekit.parameters import parse_settings
 
 EXAMPLES = ROOT / "examples"
 # The published names: the Long-CoT model, the Short-CoT model.

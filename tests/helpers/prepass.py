@@ -13,10 +13,10 @@ from rpam_mergekit.chat.prompts import encode_calibration, make_batches
 from rpam_mergekit.formats.calibration import read_calibration
 from rpam_mergekit.models.layout import MergeModels, plan_layout
 from rpam_mergekit.models.weights import ExpertWeights
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.prepass.run import PrePass
 from rpam_mergekit.replay.decoder import Decoder
 from rpam_mergekit.replay.streams import Stream
-from rpam_mergekit.settings import parse_settings
 
 GRANULARITIES = ("low_rank", "element", "row", "tensor", "module", "layer")
 

@@ -27,7 +27,7 @@ from rpam_mergekit.errors import RpamError
 from rpam_mergekit.folder.contents import RECORD
 from rpam_mergekit.formats.coefficients import CoefficientsFile
 from rpam_mergekit.outputs.record import output_settings
-from rpam_mergekit.settings import parse_settings
+from rpam_mergekit.parameters import parse_settings
 
 RECIPE = "rpam_recipe.yml"
 TEMPLATE = "{{ messages[-1]['content'] }}"

@@ -16,7 +16,7 @@ from experts import PATTERNS, TASK, form, json_lines, load, queries, respond, ri
 from study import merge
 from tqdm import tqdm
 
-from rpam_mergekit.settings import parse_settings
+from rpam_mergekit.parameters import parse_settings
 
 FIGURES = ("queries", "right", "routed", "both", "tokens", "thinks")
 # seed -> pattern -> sums in the order of FIGURES

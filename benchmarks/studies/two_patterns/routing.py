@@ -27,8 +27,8 @@ from rpam_mergekit.chat.prompts import encode_calibration
 from rpam_mergekit.formats.calibration import CalibrationQuery, read_calibration
 from rpam_mergekit.formats.samples import SampleReader
 from rpam_mergekit.grading.responses import NONE
+from rpam_mergekit.parameters import parse_settings
 from rpam_mergekit.routing.holdout import split_queries
-from rpam_mergekit.settings import parse_settings
 
 TOKENS = 16  # enough to see whether thinking is opened
 

@@ -30,7 +30,7 @@ from pairs import PAIRS, STUDIED, Pair, cache
 from tqdm import tqdm
 from training import build, calibrate
 
-from rpam_mergekit.settings import parse_settings
+from rpam_mergekit.parameters import parse_settings
 
 RESULTS = Path(__file__).parent / "results"
 SMALLEST_STEP = 1 / 160  # of the sweep, whose steps are halved where models differ
